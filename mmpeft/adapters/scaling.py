@@ -1,0 +1,79 @@
+"""Scaling methods: learned gains on activations, written as row or column scales of the weight that makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, wide
+from mmpeft.adapters.site import Site, matrix_tensors, own_tensors
+from mmpeft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class IA3(Method, name="ia3", aliases=("(ia)3",)):
+    """Infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv 2205.05638).
+
+    The paper multiplies keys, values and the feed-forward's inner activations by learned vectors `l` that start at 1.
+    `side` says which side of the matched weight they are on: "out" for key and value projections, `W' = diag(l) W`;
+    "in" for the feed-forward's second layer, whose input they scale, `W' = W diag(l)`; a convolution has one gain an
+    input channel, whatever its kernel.
+
+    With "out", the layer's bias is part of the activation and is scaled with it: its site shares `l`.
+    """
+
+    side: Literal["out", "in"] = "out"
+    space = "any"
+
+    def __post_init__(self) -> None:
+        if self.side not in ("out", "in"):
+            raise ConfigError(f"side {self.side!r}; expected 'out' or 'in'")
+
+    def tensors(self, path: str, module: nn.Module) -> list[str]:
+        weights = matrix_tensors(module)
+        biases = [w.removesuffix("weight") + "bias" for w in weights] if self.side == "out" else []
+        return weights + [b for b in biases if b in own_tensors(module)]
+
+    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
+        assert base is not None
+        key = (self.name, site.path, site.role, site.tensor.removesuffix("weight").removesuffix("bias"))
+        if site.tensor.endswith("bias"):
+            return Tensors({}, derived={"l": context.shared[key]})
+        *stack, out, into = base.shape
+        n = out if self.side == "out" else input_channels(site) or into
+        l = nn.Parameter(torch.ones(*stack, n, dtype=wide(base.dtype), device=base.device))
+        context.shared[key] = l
+        return Tensors({"l": l})
+
+    def factors(self, W: Tensor, p: Delta) -> Factors | None:
+        if self.side == "out":
+            return Factors(row=p.l)
+        gains = input_gains(p.l, p.site)
+        return Factors(col=gains.squeeze(-2)) if gains.shape[-2] == 1 else None  # grouped: rows differ in their inputs
+
+    def weight(self, W: Tensor, p: Delta) -> Tensor:
+        if p.site.tensor.endswith("bias"):
+            return W * p.l
+        return W * (p.l.unsqueeze(-1) if self.side == "out" else input_gains(p.l, p.site))
+
+
+def input_channels(site: Site) -> int | None:
+    """A convolution's input channels, over all groups; None for other layouts."""
+    layout = site.layout
+    if layout is None or layout.name not in ("conv", "conv_transposed"):
+        return None
+    return layout.shape[1] * layout.groups if layout.name == "conv" else layout.shape[0]
+
+
+def input_gains(l: Tensor, site: Site) -> Tensor:
+    """Gains of the inputs as factors of the matrix view: [*, 1, in], or [out, in] for a grouped convolution."""
+    if input_channels(site) is None:
+        return l.unsqueeze(-2)
+    assert site.layout is not None
+    groups, (out, into) = site.layout.groups, site.layout.matrix_shape()
+    gains = l.view(groups, -1)  # each group's own input channels, then one column a kernel tap
+    gains = gains.repeat_interleave(into // gains.shape[1], 1)
+    return gains if groups == 1 else gains.repeat_interleave(out // groups, 0)

@@ -1,0 +1,81 @@
+"""Which implementation runs: Triton on CUDA tensors, the plain-torch reference everywhere else, said once in the log.
+
+`backend("triton")` forces the kernels (Triton's interpreter runs them on CPU tensors when TRITON_INTERPRET=1 was set before
+this module was imported); `backend("reference")` forces the references, which is how a suspected kernel is ruled out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpeft.errors import ConfigError, Unsupported
+
+log = logging.getLogger("mmpeft.kernels")
+
+try:
+    import triton
+    import triton.language as tl
+except Exception:  # not on this platform, or built for another torch: the references run
+    triton = tl = None  # type: ignore[assignment]
+
+Backend = Literal["auto", "triton", "reference"]
+_backend: Backend = "auto"
+
+
+@contextlib.contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Force the kernels or the references inside a `with`.
+
+    Raises:
+        ConfigError: an unknown name.
+        Unsupported: "triton" without Triton.
+    """
+    global _backend
+    if name not in ("auto", "triton", "reference"):
+        raise ConfigError(f"backend {name!r}; expected 'auto', 'triton' or 'reference'")
+    if name == "triton" and triton is None:
+        raise Unsupported("backend 'triton': Triton is not installed; use 'reference'")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the kernels run for tensors that live where `x` lives."""
+    if _backend != "auto":
+        return _backend == "triton"
+    if x.is_cuda and triton is not None and _capability(x.device.index or 0) >= (8, 0):
+        return True
+    _say_once(x.device.type)
+    return False
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _say_once(device: str) -> None:
+    log.info(
+        "mmpeft.kernels: plain-torch references run on %s (the Triton kernels need CUDA, compute capability 8.0)", device
+    )
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the plain function where Triton is absent (it is never launched there)."""
+    return fn if triton is None else triton.jit(fn)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()

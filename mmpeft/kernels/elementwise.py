@@ -1,0 +1,212 @@
+"""Memory-bound kernels of a Llama-type block: each reads its inputs once and writes its outputs once.
+
+    hash_dropout            inverted dropout by counter hash (reference.dropout)
+    add_rmsnorm             residual add and RMSNorm in one pass, into a padded buffer ready for a K-extended GEMM
+    rmsnorm_backward        norm backward and the residual gradient's add in one pass
+    rope                    rotary embedding of q and k inside a packed qkv, and its inverse for the gradients
+    swiglu, swiglu_backward the activation; the backward also rebuilds its output, so the forward need not keep it
+
+All statistics and products are fp32 inside. Buffers may have a leading dimension larger than their width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmpeft.kernels.dispatch import jit, next_power_of_2, tl, triton
+from mmpeft.kernels.reference import keep_threshold
+
+
+@jit
+def mix32(h):
+    """The 32-bit finaliser of reference._mix32, on uint32."""
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@jit
+def keep_mask(seed, rows, cols, threshold):
+    """reference.dropout_mask for the given row and column numbers: [len(rows), len(cols)] of bool."""
+    row = mix32((rows.to(tl.int64) + seed * 0x9E3779B1).to(tl.uint32))
+    hashed = mix32(mix32(row[:, None] ^ cols.to(tl.uint32)[None, :]) ^ row[:, None])
+    return hashed >= threshold.to(tl.uint32)
+
+
+@jit
+def _hash_dropout(x, y, seed, T, N, ldx, ldy, threshold, inverse_keep, BM: tl.constexpr, BN: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (rows < T)[:, None] & (cols < N)[None, :]
+    keep = keep_mask(tl.load(seed), rows, cols, threshold)
+    v = tl.load(x + rows[:, None] * ldx + cols[None, :], mask=inside & keep, other=0.0).to(tl.float32) * inverse_keep
+    tl.store(y + rows[:, None] * ldy + cols[None, :], v.to(y.dtype.element_ty), mask=inside)
+
+
+def hash_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Inverted dropout of x [T, n] by the mask of `seed` (int64 tensor of one element on x's device)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BM, BN = 8, 256
+    if x.numel():
+        _hash_dropout[(triton.cdiv(x.shape[0], BM), triton.cdiv(x.shape[1], BN))](
+            x, y, seed, *x.shape, x.stride(0), y.stride(0), keep_threshold(p), 1 / (1 - p), BM, BN
+        )
+    return y
+
+
+@jit
+def _add_rmsnorm(x, delta, w, x_out, n, rstd_out, ldd, ldn, H, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < H
+    v = tl.load(x + row * H + cols, mask=inside, other=0.0)
+    if ADD:
+        d = tl.load(delta + row * ldd + cols, mask=inside, other=0.0)
+        v = (v.to(tl.float32) + d.to(tl.float32)).to(v.dtype)  # the stream is kept in the model's dtype
+        tl.store(x_out + row * H + cols, v, mask=inside)
+    wide = v.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+    tl.store(rstd_out + row, rstd)
+    y = (wide * rstd).to(v.dtype).to(tl.float32) * tl.load(w + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(n + row * ldn + cols, y.to(v.dtype), mask=inside)
+
+
+def add_rmsnorm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills n [T, h] (any leading dimension) with rmsnorm(x + delta) * weight; returns (x + delta, rstd [T] fp32).
+
+    x [T, h] contiguous; where delta is None, x itself is returned.
+    """
+    T, H = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    rstd = torch.empty(T, dtype=torch.float32, device=x.device)
+    block = next_power_of_2(H)
+    _add_rmsnorm[(T,)](
+        x, x if delta is None else delta, weight, total, n, rstd, 0 if delta is None else delta.stride(0), n.stride(0), H, eps,
+        ADD=delta is not None, BLOCK=block, num_warps=_row_warps(block),
+    )  # fmt: skip
+    return total, rstd
+
+
+@jit
+def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H,
+                      ADD: tl.constexpr, REBUILD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < H
+    r = tl.load(rstd + row)
+    xhat = tl.load(x + row * H + cols, mask=inside, other=0.0).to(tl.float32) * r
+    gain = tl.load(w + cols, mask=inside, other=0.0).to(tl.float32)
+    if REBUILD:
+        normed = xhat.to(x.dtype.element_ty).to(tl.float32) * gain
+        tl.store(n + row * ldn + cols, normed.to(n.dtype.element_ty), mask=inside)
+    wd = tl.load(dn + row * ldd + cols, mask=inside, other=0.0).to(tl.float32) * gain
+    dx = r * (wd - xhat * (tl.sum(wd * xhat, 0) / H))
+    if ADD:
+        dx += tl.load(g + row * ldg + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * ldo + cols, dx.to(out.dtype.element_ty), mask=inside)
+
+
+def rmsnorm_backward(
+    dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None = None
+) -> None:
+    """Fills out [T, h] with the gradient of x through the norm plus the residual's own gradient g; n with the norm's output."""
+    T, H = x.shape
+    block = next_power_of_2(H)
+    _rmsnorm_backward[(T,)](
+        dn, x, rstd, weight, dn if g is None else g, out, out if n is None else n,
+        dn.stride(0), 0 if g is None else g.stride(0), out.stride(0), 0 if n is None else n.stride(0), H,
+        ADD=g is not None, REBUILD=n is not None, BLOCK=block, num_warps=_row_warps(block),
+    )  # fmt: skip
+
+
+@jit
+def _rope(q, k, v, qb, qs, qh, kb, ks, kh, vb, vs, vh, out, ldo, cos, sin, S, period,
+          HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, INVERSE: tl.constexpr, COPY_V: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    b, s = t // S, t % S
+    h = tl.arange(0, BH)[:, None]
+    d = tl.arange(0, HALF)[None, :]
+    c = tl.load(cos + (t % period) * HALF + d)
+    sn = tl.load(sin + (t % period) * HALF + d)
+    if INVERSE:
+        sn = -sn
+    is_q = h < HQ
+    inside = (h < HQ + HK) & (d < HALF)
+    source_q = q + b * qb + s * qs + h * qh + d
+    source_k = k + b * kb + s * ks + (h - HQ) * kh + d
+    x1 = tl.load(source_q, mask=is_q & (d < HALF), other=0.0).to(tl.float32)
+    x1 += tl.load(source_k, mask=inside & (h >= HQ), other=0.0).to(tl.float32)
+    x2 = tl.load(source_q + HALF, mask=is_q & (d < HALF), other=0.0).to(tl.float32)
+    x2 += tl.load(source_k + HALF, mask=inside & (h >= HQ), other=0.0).to(tl.float32)
+    target = out + t * ldo + h * (2 * HALF) + d
+    tl.store(target, (x1 * c - x2 * sn).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (x2 * c + x1 * sn).to(out.dtype.element_ty), mask=inside)
+    if COPY_V:
+        is_v = (h < HK) & (d < HALF)
+        source_v = v + b * vb + s * vs + h * vh + d
+        target = out + t * ldo + (HQ + HK + h) * (2 * HALF) + d
+        tl.store(target, tl.load(source_v, mask=is_v).to(out.dtype.element_ty), mask=is_v)
+        tl.store(target + HALF, tl.load(source_v + HALF, mask=is_v).to(out.dtype.element_ty), mask=is_v)
+
+
+def rope(q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
+    """Rotates q [B, S, Hq, d] and k [B, S, Hk, d] (any strides but the last) into out [B * S, >= (Hq + 2 Hk) d]; copies v.
+
+    cos, sin: fp32 [S, d/2] or [B * S, d/2]. `out` may be where q and k lie. `inverse` turns the other way: the backward.
+    """
+    B, S, HQ, D = q.shape
+    HK = k.shape[2]
+    w = k if v is None else v
+    _rope[(B * S,)](
+        q, k, w, *q.stride()[:3], *k.stride()[:3], *w.stride()[:3], out, out.stride(0), cos, sin, S, cos.shape[0],
+        HQ=HQ, HK=HK, HALF=D // 2, BH=next_power_of_2(HQ + HK), INVERSE=inverse, COPY_V=v is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@jit
+def _swiglu(gate_up, h, ldg, ldh, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < F
+    g = tl.load(gate_up + row * ldg + cols, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(gate_up + row * ldg + F + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + row * ldh + cols, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_up: Tensor, h: Tensor) -> None:
+    """Fills h [T, f] with silu(gate) * up of gate_up [T, 2f]."""
+    T, F = gate_up.shape[0], gate_up.shape[1] // 2
+    block = min(1024, next_power_of_2(F))
+    _swiglu[(T, triton.cdiv(F, block))](gate_up, h, gate_up.stride(0), h.stride(0), F, BLOCK=block, num_warps=4)
+
+
+@jit
+def _swiglu_backward(dh, gate_up, dgu, h, ldd, ldg, ldo, ldh, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < F
+    d = tl.load(dh + row * ldd + cols, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate_up + row * ldg + cols, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(gate_up + row * ldg + F + cols, mask=inside, other=0.0).to(tl.float32)
+    sig = tl.sigmoid(g)
+    silu = g * sig
+    tl.store(dgu + row * ldo + cols, (d * u * (sig + silu * (1 - sig))).to(dgu.dtype.element_ty), mask=inside)
+    tl.store(dgu + row * ldo + F + cols, (d * silu).to(dgu.dtype.element_ty), mask=inside)
+    tl.store(h + row * ldh + cols, (silu * u).to(h.dtype.element_ty), mask=inside)
+
+
+def swiglu_backward(dh: Tensor, gate_up: Tensor, dgu: Tensor, h: Tensor) -> None:
+    """Fills dgu [T, 2f] with the gradient of gate_up and h [T, f] with the forward's output; h may be dh itself."""
+    T, F = gate_up.shape[0], gate_up.shape[1] // 2
+    block = min(1024, next_power_of_2(F))
+    _swiglu_backward[(T, triton.cdiv(F, block))](
+        dh, gate_up, dgu, h, dh.stride(0), gate_up.stride(0), dgu.stride(0), h.stride(0), F, BLOCK=block, num_warps=4
+    )
+
+
+def _row_warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 4096 else 16

@@ -1,0 +1,153 @@
+"""The written-out Llama step equals autograd through the transformers model with the same adapters."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmpeft.errors import ConfigError, NameNotFound, Unsupported
+from mmpeft.kernels import fuse, reference
+from mmpeft.kernels.llama import TrainStep
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=56, vocab_size=101
+)
+RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 1, "o_proj": 16, "gate_proj": 3, "up_proj": 5, "down_proj": 2}
+SKIPPED = "model.layers.1.self_attn.k_proj"  # a linear without an adapter
+
+
+def llama(device, kind="Llama", **extra):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **extra})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(device).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            p.data.normal_()
+        if "norm" in name:
+            p.data.uniform_(0.5, 1.5)
+    found = {}
+    for name, m in model.named_modules():
+        r = RANKS.get(name.split(".")[-1])
+        if r and name != SKIPPED:
+            A, B = (torch.randn(*s, device=device) * 0.2 for s in ((r, m.in_features), (m.out_features, r)))
+            found[name] = fuse.LowRank(nn.Parameter(A), nn.Parameter(B), 0.7)
+    return model, found
+
+
+def adapted(model, found):
+    """The same adapters through the modules' own forward: the oracle."""
+    for name, a in found.items():
+        m = model.get_submodule(name)
+        m.forward = lambda x, m=m, a=a: reference.lowrank_linear(x, m.weight, m.bias, a.A, a.B, a.scale)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])  # without and with biases on q, k, v
+def test_loss_and_every_gradient(backend, device, kind):
+    model, found = llama(device, kind)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fused = fuse.from_model(model, found, tolerance=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    inputs = fused.embedding[ids].clone().requires_grad_()
+    masters = [t for a in found.values() for t in (a.A, a.B)]
+    loss = fused.loss(None, labels, inputs=inputs)
+    ours = torch.autograd.grad(3 * loss, [inputs, *masters])
+    want = adapted(model, found)(inputs_embeds=inputs, labels=labels).loss
+    theirs = torch.autograd.grad(3 * want, [inputs, *masters])
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 5e-4 * b.norm() + 1e-7
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9999
+
+
+def test_head_on_supervised_rows_only(backend, device):
+    model, found = llama(device)
+    fused = fuse.from_model(model, found)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    labels = torch.where(torch.arange(9, device=device) >= 6, ids, -100)
+    rows = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1], device=device)
+    masters = [t for a in found.values() for t in (a.A, a.B)]
+    everywhere = fused.loss(ids, labels)
+    there = fused.loss(ids, labels, rows=rows)
+    torch.testing.assert_close(there, everywhere)
+    for a, b in zip(torch.autograd.grad(there, masters), torch.autograd.grad(everywhere, masters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_accumulate_and_the_tape_is_used_once(device):
+    model, found = llama(device)
+    fused = fuse.from_model(model, found)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    x = fused.embedding[ids]
+    once, twice = torch.empty(fused.numel, device=device), torch.empty(fused.numel, device=device)
+    loss, tape = fused.forward(x, ids)
+    fused.backward(tape, once)
+    with pytest.raises(ConfigError, match="freed on the way"):
+        fused.backward(tape, once)
+    for accumulate in (False, True):
+        _, tape = fused.forward(x, ids)
+        fused.backward(tape, twice, accumulate=accumulate)
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-4, atol=1e-6)
+
+
+def test_train_step_follows_torch_adamw(backend, device):
+    model, found = llama(device)
+    fused = fuse.from_model(model, found)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    start = {name: (a.A.detach().clone(), a.B.detach().clone()) for name, a in found.items()}
+    step = TrainStep(fused, fused.optimizer(lr=1e-2), batch=2, length=9)
+    ours = [step(ids, ids).item() for _ in range(4)]
+    again = {n: fuse.LowRank(*(nn.Parameter(t) for t in start[n]), found[n].scale) for n in found}
+    optimizer = torch.optim.AdamW([t for a in again.values() for t in (a.A, a.B)], lr=1e-2, weight_decay=0.0)
+    theirs = []
+    for _ in range(4):
+        loss = adapted(model, again)(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        theirs.append(loss.item())
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=0)
+    assert ours[-1] < ours[0] - 0.1
+
+
+def test_a_broken_backward_is_seen(device, monkeypatch):
+    """The comparison above can fail: a gradient that drops the residual path is far outside its tolerance."""
+    from mmpeft.kernels import fused_ops
+
+    whole = fused_ops.rmsnorm_backward
+    monkeypatch.setattr(
+        fused_ops, "rmsnorm_backward", lambda dn, x, r, w, g, out, n: whole(dn, x, r, w, None, out, n)
+    )
+    model, found = llama(device)
+    fused = fuse.from_model(model, found)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    first = next(iter(found.values()))
+    (ours,) = torch.autograd.grad(fused.loss(ids, ids), [first.A])
+    (want,) = torch.autograd.grad(adapted(model, found)(input_ids=ids, labels=ids).loss, [first.A])
+    assert (ours - want).norm() > 0.1 * want.norm()
+
+
+def test_what_does_not_fit_is_refused_with_its_reason(device):
+    model, found = llama(device)
+    wrong = dict(found)
+    wrong["model.layers.0.self_attn.q_prj"] = wrong.pop("model.layers.0.self_attn.q_proj")
+    with pytest.raises(NameNotFound, match="nearest: model.layers.0.self_attn.q_proj"):
+        fuse.from_model(model, wrong)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        fuse.from_model(model, {})
+    with pytest.raises(Unsupported, match="no Llama-type decoder"):
+        fuse.from_model(nn.Linear(3, 3), found)
+    trainable, found = llama(device)
+    trainable.model.layers[1].input_layernorm.weight.requires_grad_()
+    with pytest.raises(Unsupported, match="model.layers.1.input_layernorm.weight requires a gradient"):
+        fuse.from_model(trainable, found)
+    qwen3, found = llama(device, "Qwen3", head_dim=16)
+    with pytest.raises(Unsupported, match="parameters that a Llama block has not: self_attn.q_norm"):
+        fuse.from_model(qwen3, found)
+    scaled, found = llama(device, "Granite", residual_multiplier=0.5)
+    with pytest.raises(Unsupported, match="not the same function"):
+        fuse.from_model(scaled, found)
