@@ -19,7 +19,8 @@ from torch import Tensor
 from mmpeft.metrics.base import PerSampleMetric, check_lengths
 from mmpeft.metrics.ptb import tokenize
 
-from torchmetrics.text import BLEUScore, ROUGEScore  # isort: skip  (base says which extra is missing)
+from torchmetrics.functional.text import rouge_score  # isort: skip  (base says which extra is missing)
+from torchmetrics.text import BLEUScore  # isort: skip
 
 
 class CaptionBLEU(BLEUScore):
@@ -80,22 +81,15 @@ class CocoRougeL(PerSampleMetric):
         return (1 + self.beta**2) * precision * recall / (recall + self.beta**2 * precision)
 
 
-class RougeL(ROUGEScore):
-    """ROUGE-L of Google's rouge_score, best reference, mean over samples."""
+class RougeL(PerSampleMetric):
+    """ROUGE-L of Google's rouge_score without stemming (torchmetrics' own), best reference, mean over samples.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(rouge_keys="rougeL", accumulate="best", **kwargs)
+    torchmetrics' class is not used: it gathers one tensor a sample, so ranks with unequal numbers of samples would wait for
+    one another for ever.
+    """
 
-    def update(
-        self,
-        predictions: Sequence[str],
-        references: Sequence[Sequence[str]],
-        kinds: Sequence[str | None] | None = None,
-    ) -> None:
-        """Add texts; kinds are not used."""
-        check_lengths(predictions, references, kinds)
-        super().update(list(predictions), [list(texts) for texts in references])
+    name = "rouge_l_google"
 
-    def compute(self) -> dict[str, Tensor]:
-        """`{"rouge_l_google": F1}`."""
-        return {"rouge_l_google": super().compute()["rougeL_fmeasure"]}
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        scores = rouge_score(prediction, [list(references)], rouge_keys="rougeL", accumulate="best")
+        return float(scores["rougeL_fmeasure"])

@@ -40,18 +40,19 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
     counts = np.array([len(r) for r in references])
     captions = [*candidates, *chain.from_iterable(references)]  # the candidates first
     image_of = np.concatenate([np.arange(images), np.repeat(np.arange(images), counts)])
-    grams, owner = _ids(captions)
-    position = np.arange(len(grams)) - np.searchsorted(owner, owner)  # of each token in its caption
+    words, owner = _ids(captions)
+    start = np.arange(len(words))  # of each n-gram, in `words`
     size = np.bincount(owner, minlength=len(captions))
+    last = np.cumsum(size)[owner]  # where the caption of each n-gram ends
     bigrams = np.maximum(size - 1, 0)
     reference_of = np.arange(images, len(captions))
     penalty = np.exp(-((bigrams[image_of[reference_of]] - bigrams[reference_of]) ** 2) / (2 * SIGMA**2))
-    words, total = grams, np.zeros(len(reference_of))
+    grams, total = words, np.zeros(len(reference_of))
     for n in range(1, MAX_N + 1):
         if n > 1:  # an n-gram is its (n-1)-gram and the next word, renumbered
-            longer = position + n <= size[owner]
-            following = words[np.flatnonzero(longer) + n - 1]
-            grams, owner, position = grams[longer], owner[longer], position[longer]
+            fits = start + n <= last
+            grams, owner, start, last = grams[fits], owner[fits], start[fits], last[fits]
+            following = words[start + n - 1]
             grams = np.unique(grams * (len(words) + 1) + following, return_inverse=True)[1].reshape(-1)
         total += penalty * _similarity(grams, owner, image_of, images)
     score = np.bincount(image_of[reference_of], weights=total, minlength=images)

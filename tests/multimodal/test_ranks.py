@@ -1,15 +1,24 @@
 """Two ranks with unequal token counts, one of them without any image, give the gradients of one."""
 
 import os
-import tempfile
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpeft.multimodal import global_mean
 
-from .kit import ask, build_model, build_tokenizer, image, text
+from .kit import ask, build_model, image, text
+
+CHILD = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from tests.multimodal.kit import build_tokenizer
+from tests.multimodal.test_ranks import run_rank
+run_rank(1, build_tokenizer(), pathlib.Path(sys.argv[2]))
+"""
 
 
 def parts(model):
@@ -17,9 +26,10 @@ def parts(model):
     return [[model.encode(with_image)], [model.encode(ask(text("Which?"))), model.encode(ask(text("And this?")))]]
 
 
-def rank_gradients(rank: int, folder: str) -> None:
+def run_rank(rank, tokenizer, folder):
+    """One step of one rank; leaves its loss and gradients in the folder."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = build_model("llama", build_tokenizer(), audio=None, state=None)
+    model = build_model("llama", tokenizer, audio=None, state=None)
     batch = model.collate(parts(model)[rank])
     counts = [None, None]
     torch.distributed.all_gather_object(counts, batch["target_ids"].numel())
@@ -27,20 +37,23 @@ def rank_gradients(rank: int, folder: str) -> None:
     loss = global_mean(parallel(batch).loss_sum, counts, averaged_over=2)
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    torch.save({"loss": loss.detach(), "gradients": gradients, "counts": counts}, f"{folder}/{rank}.pt")
+    torch.save({"loss": loss.detach(), "gradients": gradients, "counts": counts}, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_with_unequal_counts_equal_one():
-    os.environ["OMP_NUM_THREADS"] = "1"
-    model = build_model("llama", build_tokenizer(), audio=None, state=None)
+def test_two_ranks_with_unequal_counts_equal_one(tokenizer, tmp_path):
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(tmp_path)], env=environment)
+    run_rank(0, tokenizer, tmp_path)
+    assert child.wait(timeout=120) == 0
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    model = build_model("llama", tokenizer, audio=None, state=None)
     output = model(model.collate([s for part in parts(model) for s in part]))
     expected = global_mean(output.loss_sum, output.num_supervised)
     expected.backward()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_gradients, args=(folder,), nprocs=2)
-        ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
     first, second = ranks[0]["counts"]
     assert first != second and first + second == output.num_supervised
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, expected.detach())
