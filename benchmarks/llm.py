@@ -147,8 +147,8 @@ def build_peft(shape: Shape, args: argparse.Namespace, *, compiled: bool = False
 ARMS: dict[str, Callable[[Shape, argparse.Namespace], Callable[[int], Any]]] = {
     "mmpeft": build_mmpeft,
     "peft": build_peft,
-    "peft+liger": lambda shape, args: build_peft(shape, args, liger=True),
     "peft+compile": lambda shape, args: build_peft(shape, args, compiled=True),
+    "peft+liger": lambda shape, args: build_peft(shape, args, liger=True),  # last: it patches transformers' classes for good
 }
 
 
@@ -171,10 +171,11 @@ def main() -> None:
     tokens = shape.batch * shape.length
     kind = f"{'DoRA' if args.dora else 'LoRA'} r{RANK} all linears" + (f", dropout {args.dropout}" if args.dropout else "")
     row = Row(f"{args.shape} {shape.batch}x{shape.length}, {kind}", unit="tokens/s", items=tokens, flops=shape.flops(tokens), out=args.out)
-    for name in args.arms:
-        row.arm(name, lambda name=name: ARMS[name](shape, args), warmup=args.warmup, steps=args.steps)
-    if "mmpeft" in args.arms and len(args.arms) > 1:
-        row.arm("mmpeft", lambda: ARMS["mmpeft"](shape, args), warmup=args.warmup, steps=args.steps, repeat=True)
+    names = [name for name in ARMS if name in args.arms]
+    if "mmpeft" in names and len(names) > 1:
+        names.insert(-1 if "peft+liger" in names else len(names), "mmpeft")
+    for i, name in enumerate(names):
+        row.arm(name, lambda name=name: ARMS[name](shape, args), warmup=args.warmup, steps=args.steps, repeat=name in names[:i])
     row.gate()
     if args.profile:
         profile(shape, args)

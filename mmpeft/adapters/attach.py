@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mmpeft.adapters import freeze as freezing
 from mmpeft.adapters.classes import adapt, restore, spec_of
 from mmpeft.adapters.forward import stock_op
-from mmpeft.adapters.example import defer, example_of
-from mmpeft.adapters.liveness import prove
+from mmpeft.adapters.example import defer, example_of, forget
+from mmpeft.adapters.liveness import as_call, prove
 from mmpeft.adapters.method import Context, Delta
 from mmpeft.adapters.plan import Plan, PlanLike, Target, resolve
 from mmpeft.adapters.site import slice_rows
@@ -50,22 +50,27 @@ def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: 
         raise ConfigError(f"the model already has an adapter {name!r}; detach it first or choose another name")
     if state.merged:
         raise ConfigError(f"adapters {', '.join(state.merged)} are merged; unmerge before attaching {name!r}")
+    if state.entries and not spec_of(type(model))[3]:
+        raise ConfigError(f"a part of this {type(model).__name__} is adapted already; attach to that part, or detach it first")
     targets = resolve(model, plan)
-    first = not state.entries
-    if first:
+    before = state.active
+    if not state.entries:
         state.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         state.training = {n: m.training for n, m in model.named_modules()}
     try:
         _insert(model, state, plan, targets, name)
         freezing.freeze(model, full_paths(model, plan))
         state.entries[name] = Entry(plan.to_list())
-        before, state.active = state.active, Active((name,))
+        state.active = Active((name,))
         if check:
             given = example if example is not None else example_of(model)
-            prove(model, name, given) if given is not None else defer(model, name)
+            if given is None or any(p.is_meta for p in model.parameters()):
+                defer(model, name)
+            else:
+                prove(model, name, as_call(given))
     except BaseException:
-        state.active = Active() if first else before if "before" in locals() else state.active
         state.entries.setdefault(name, Entry([]))
+        state.active = before
         detach(model, name)
         raise
     return model
@@ -94,7 +99,6 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
     tied = _tied(model, targets)
     for target in targets:
         owner, site, method = target.owner, target.site, target.method
-        _refuse_dropout(target)
         context = Context(model, owner, shared, tuple(t.site for t in by_rule[target.rule] if t.method == method))
         base = None
         if site.layout is not None:
@@ -103,6 +107,8 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
                 base = slice_rows(site.layout.to_matrix(stored), site.rows)
         delta = Delta(method, site, method.init(site, base, context), target.rule)
         delta.train(model.training)
+        if base is not None and getattr(method, "dropout", 0.0):
+            _refuse_dropout(owner, delta, base)
         group = _slot(owner, state)._modules.setdefault(name, nn.ModuleDict())
         assert isinstance(group, nn.ModuleDict)
         key = site.key(method.name)
@@ -138,23 +144,25 @@ def _tied(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], list
     return found
 
 
-def _refuse_dropout(target: Target) -> None:
+def _refuse_dropout(owner: nn.Module, delta: Delta, base: Tensor) -> None:
     """Dropout acts on a site's input, which only the factored plan has."""
-    if not getattr(target.method, "dropout", 0.0) or target.site.layout is None:
-        return
-    op = stock_op(spec_of(type(target.owner))[0]) if target.site.tensor == "weight" else None
-    if op is None or not op.drops or not op.fits(target.owner):
-        raise ConfigError(
-            f"dropout {target.method.dropout} at {target.site.name}: the weight of a {type(target.owner).__name__} is read "
-            "there, so no activation can be dropped; set dropout=0 for this rule"  # type: ignore[attr-defined]
-        )
+    op = stock_op(spec_of(type(owner))[0]) if delta.site.tensor == "weight" else None
+    if op is not None and op.drops and op.fits(owner):
+        factors = delta.method.factors(base, delta)
+        if factors is not None and (op.scales or factors.additive):
+            return
+    raise ConfigError(
+        f"dropout of {delta.method.name} at {delta.site.name}: the weight of a {type(owner).__name__} is formed there, so no "
+        "activation can be dropped; set dropout=0 for this rule"
+    )
 
 
 def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> nn.Module:
     """Take one adapter (None: all) off; after the last one the model is the very object it was, flags included.
 
     Args:
-        bake: first write the active effective weights into the base tensors, which gives a plain merged model.
+        bake: first write the active effective weights (of `name` alone, if given) into the base tensors and then take
+            all adapters off, which gives a plain merged model.
 
     Raises:
         NameNotFound: no such adapter.
@@ -164,6 +172,7 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
     if name is not None:
         state.check_names([name])
     if bake:
+        state.active = state.active if name is None else Active((name,))
         _bake(model, state)
         name = None
     gone = set(state.entries) if name is None else {name}
@@ -178,7 +187,11 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
     state.entries = {n: e for n, e in state.entries.items() if n not in gone}
     if set(state.active.names) & gone:
         state.active = Active(tuple(n for n in state.active.names if n not in gone))
-    if not state.entries:
+    forget(model, gone)
+    if state.entries:
+        entries = state.entries.values()
+        freezing.follow(model, set().union(*(full_paths(model, Plan.read(e.rules)) for e in entries if e.rules)))
+    else:
         freezing.restore(model)
         for _, owner, _ in list(slots(model)):
             del owner._modules[SLOT]

@@ -17,6 +17,7 @@ from mmpeft.adapters.forward import Op, run, stock_op
 from mmpeft.adapters.freeze import set_modes
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import SLOT
+from mmpeft.errors import Unsupported
 
 Spec = tuple[type[nn.Module], frozenset[str], bool, bool]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -29,8 +30,19 @@ def adapt(owner: nn.Module, tensors: frozenset[str], wraps: bool, root: bool = F
 
 
 def restore(owner: nn.Module) -> None:
-    """Give back the very class the owner had."""
+    """Give back the very class the owner had.
+
+    Raises:
+        Unsupported: something swapped the class again since (`fully_shard`, a parametrization).
+    """
+    if "_mmpeft_spec" not in type(owner).__dict__:
+        raise Unsupported(
+            f"{type(owner).__name__} was given another class after attach (fully_shard or a parametrization); "
+            "detach before that"
+        )
     owner.__class__ = spec_of(type(owner))[0]
+    if isinstance(owner, nn.RNNBase):
+        owner._flat_weights = [owner._parameters[name] for name in owner._flat_weights_names]
 
 
 def spec_of(cls: type[nn.Module]) -> Spec:
@@ -72,7 +84,12 @@ def _property(cls: type[nn.Module], name: str) -> property:
     def fget(self: nn.Module) -> Any:
         value = stored(self)
         slot = self._modules.get(SLOT)
-        return value if slot is None or value is None else cast(Slot, slot).effective(name, value)
+        if slot is None or value is None:
+            return value
+        try:
+            return cast(Slot, slot).effective(name, value)
+        except AttributeError as error:  # Python would fall back to nn.Module.__getattr__, which answers with the base
+            raise RuntimeError(f"{type(self).__name__}.{name}: {error}") from error
 
     def fset(self: nn.Module, value: Any) -> None:
         inherited = getattr(cls, name, None)

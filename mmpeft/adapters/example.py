@@ -6,8 +6,7 @@ say of themselves. Where nothing is known, the proof of liveness waits for the f
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -42,14 +41,23 @@ class _FirstBatch:
         # Inference tensors cannot carry a gradient: wait on.
         if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return
+        if any(p.is_meta for p in model.parameters()):
+            return
         self.handle.remove()
-        prove(model, self.name, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
+        prove(model, self.name, (args, kwargs))
 
 
 def defer(model: nn.Module, name: str) -> None:
     """Prove liveness of adapter `name` when the first real batch arrives."""
     hook = _FirstBatch(name)
     hook.handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def forget(model: nn.Module, names: Collection[str]) -> None:
+    """Take back what `defer` waits for."""
+    for hook in list(model._forward_pre_hooks.values()):
+        if isinstance(hook, _FirstBatch) and hook.name in names:
+            hook.handle.remove()
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

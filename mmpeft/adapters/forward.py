@@ -51,25 +51,37 @@ def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
     slot = cast(Slot, owner._modules[SLOT])
     base = owner._parameters.get("weight")
     state = slot.state
-    bias = cast("Tensor | None", getattr(owner, "bias", None))
-    if base is None:
-        return op.base(owner, x, cast(Tensor, owner.weight), bias)
+    if base is None or "weight" in slot.follows:  # recomputed by its module, or another owner has the delta
+        return op.base(owner, x, cast(Tensor, owner.weight), cast("Tensor | None", getattr(owner, "bias", None)))
+    if state.watching:
+        slot.watch(x)
     active = state.current()
     if active.rows is not None and not (state.bare or active.base):
-        start, groups = slot.rows_parts("weight", base)
-        return _mixed(owner, op, x, start, bias, groups, active) if any(groups) else op.base(owner, x, start, bias)
+        return _mixed(owner, op, x, base, active)
+    bias = cast("Tensor | None", getattr(owner, "bias", None))
     found = slot.parts("weight", base)
     if found is None or (not op.scales and any(not p.factors.additive for p in found[1])):
+        _refuse_dropout(slot, active)
         return op.base(owner, x, cast(Tensor, owner.weight), bias)
     start, parts = found
-    if state.probing:
-        slot.rows_fit = bool(x.ndim) and x.shape[0] == state.probe_batch
+    if state.probing and parts:
+        slot.runs["weight"] = slot.runs.get("weight", 0) + 1
     if all(p.factors.additive for p in parts):
         y = op.base(owner, x, start, bias)
         for part in parts:
             y = _add(y, _low_rank(owner, op, x, part), part, op.axis)
         return y
     return _scaled(owner, op, x, start, bias, parts)
+
+
+def _refuse_dropout(slot: Slot, active: Active) -> None:
+    """A composition that has to be materialised has no input to drop."""
+    for _, delta in slot.at("weight", active.names):
+        if delta.training and getattr(delta.method, "dropout", 0.0):
+            raise Unsupported(
+                f"{delta.site.name}: this composition of {', '.join(active.names)} is formed as one weight, so the "
+                f"dropout of {delta.method.name} cannot act; train with dropout=0 or with one adapter active"
+            )
 
 
 def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
@@ -118,21 +130,26 @@ def _along(v: Tensor, y: Tensor, axis: int) -> Tensor:
     return v if axis == -1 else v.view(-1, *(1,) * (y.ndim - 2))
 
 
-def _mixed(
-    owner: nn.Module, op: Op, x: Tensor, start: Tensor, bias: Tensor | None, groups: list[list[Part]], active: Active
-) -> Tensor:
+def _mixed(owner: nn.Module, op: Op, x: Tensor, base: Tensor, active: Active) -> Tensor:
     """Row i of the batch under adapter `active.rows[i]`: stacked, rank-padded factors gathered by an index tensor."""
     slot = cast(Slot, owner._modules[SLOT])
+    start, groups = slot.rows_parts("weight", base)
+    bias = owner._parameters.get("bias")
+    biases = None if bias is None else slot.rows_vectors("bias", bias)
+    touched = [d for _, d in slot.deltas(active.names) if d.site.kind == "weight"]
+    if not touched:
+        return op.base(owner, x, start, None if biases is None else biases[0])
     assert active.rows is not None
-    site = next(p for g in groups for p in g).delta.site
+    site = touched[0].site
     if not op.mixes:
         raise Unsupported(f"rows= at {site.name}: a {type(owner).__name__} cannot differ within a batch")
-    if not slot.rows_fit or x.ndim < 2 or x.shape[0] != len(active.rows):
+    if slot.rows_fit is False or x.ndim < 2 or x.shape[0] != len(active.rows):
         raise ConfigError(
             f"rows= at {site.name}: {len(active.rows)} rows were given, but this site's input of shape "
             f"{tuple(x.shape)} does not keep the batch on its first axis"
         )
     index = slot.state.rows_of(active, x.device)
+    spread = (-1, *(1,) * (x.ndim - 2))  # [B, n] -> [B, 1.., n]
     y = op.base(owner, x, start, None)
     for begin, stop in sorted({(p.start, p.stop) for g in groups for p in g}):
         here = [next((p for p in g if (p.start, p.stop) == (begin, stop)), None) for g in groups]
@@ -140,16 +157,17 @@ def _mixed(
             raise Unsupported(f"rows= at {site.name}: two methods share its rows; use one adapter a batch")
         A, B, row, col = _stack(here, start, begin, stop)
         z = y.narrow(-1, begin, stop - begin)
-        wide = (-1, *(1,) * (x.ndim - 2))
         if col is not None:
-            z = op.base(owner, x * col.to(x.dtype)[index].unflatten(0, wide), start, None).narrow(-1, begin, stop - begin)
+            z = op.base(owner, x * col.to(x.dtype)[index].unflatten(0, spread), start, None).narrow(-1, begin, stop - begin)
         if A is not None and B is not None:
             s = torch.bmm(x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1), A.to(x.dtype)[index].mT)
             z = z + torch.bmm(s, B.to(x.dtype)[index].mT).view_as(z)
         if row is not None:
-            z = z * row.to(z.dtype)[index].unflatten(0, wide)
+            z = z * row.to(z.dtype)[index].unflatten(0, spread)
         y = torch.cat([y.narrow(-1, 0, begin), z, y.narrow(-1, stop, y.shape[-1] - stop)], -1)
-    return y if bias is None else y + bias.to(y.dtype)
+    if biases is None:
+        return y
+    return y + (biases[index] if len(biases) > 1 else biases).to(y.dtype).unflatten(0, spread)
 
 
 def _stack(

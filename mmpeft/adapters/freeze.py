@@ -24,7 +24,12 @@ def freeze(root: nn.Module, trained_paths: set[str]) -> None:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad_(False)
-    root.__dict__[TRAINED_PATHS] = root.__dict__.get(TRAINED_PATHS, set()) | trained_paths
+    follow(root, root.__dict__.get(TRAINED_PATHS, set()) | trained_paths)
+
+
+def follow(root: nn.Module, trained_paths: set[str]) -> None:
+    """Say which modules follow `train(mode)`."""
+    root.__dict__[TRAINED_PATHS] = trained_paths
     set_modes(root, root.training)
 
 
@@ -41,6 +46,7 @@ def set_modes(root: nn.Module, mode: bool) -> None:
 
 def _set(module: nn.Module, mode: bool, path: str, trained: set[str], follows: bool) -> None:
     if isinstance(module, Slot):
+        module.cache = {}  # `p.data.copy_()` leaves no version behind; train() and eval() are where such code sits
         for child in module.modules():
             child.training = mode
         return

@@ -2,198 +2,382 @@
 
 Peers attach to weights that nobody calls (EVA's qkv, MultiheadAttention's out_proj, an encoder layer's fast path) and
 train nothing without a sign. Here `attach` fills the new adapter with noise, runs a small input in train mode, in eval,
-and in eval without gradients, and looks at each site: was it read or called in all three, and did a gradient reach its
-tensors in the first two. Buffers, random state and adapters are put back.
+and in eval without gradients, and looks at each site: was it read or called in all three, did a gradient reach its
+tensors in the first two, and is the third's output that of the second. Buffers, random state and adapters are put back.
 
 A site is dead (an error) if the module around it ran but the site took no part, unreached (a warning) if that module did
-not run on this input (an expert without tokens, the other tower), and invariant (a log line) if it ran but its gradient
-is at rounding level (a key bias cancels in the softmax).
+not run on this input (an expert without tokens, the other tower), closed (a warning) if it took part but its gradient is
+exactly zero (behind a gate that starts at zero), and invariant (a log line) if its gradient is at rounding level (a key
+bias cancels in the softmax).
+
+The same runs answer three more questions: dropout where a weight is only read (refused), what W + delta loses in bf16
+or fp16 (a warning), and whether the batch is the first axis of each site's input (for `use(rows=)`).
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
+from mmpeft.adapters.site import slice_rows
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import slots, state_of
-from mmpeft.errors import DeadSite
+from mmpeft.errors import ConfigError, DeadSite
 
 log = logging.getLogger("mmpeft")
 
+TRAIN, EVAL, NO_GRAD = "train", "eval", "eval without gradients"
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-def prove(model: nn.Module, name: str, example: Any) -> None:
-    """Raise unless every site of adapter `name` is alive on `example`.
+
+@dataclass(frozen=True)
+class Place:
+    """One site of the adapter under proof."""
+
+    path: str
+    owner: nn.Module
+    slot: Slot
+    delta: Delta
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return self.delta.site.name
+
+    @property
+    def key(self) -> str:
+        """What the slot counts it under."""
+        return self.delta.site.tensor or "call"
+
+
+@dataclass
+class Run:
+    """What one forward (and backward) in one mode showed, site by site."""
+
+    dead: set[str] = field(default_factory=set)
+    unreached: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)  # W' was formed
+    called: set[str] = field(default_factory=set)  # used factored, or wrapped
+    size: dict[str, float] = field(default_factory=dict)  # largest gradient
+    output: list[Tensor] = field(default_factory=list)
+
+
+def prove(model: nn.Module, name: str, call: Call) -> None:
+    """Raise unless every site of adapter `name` is alive when the model is called with `call`, (args, kwargs).
 
     Raises:
         DeadSite: naming the dead sites and the mode in which they are dead.
+        ConfigError: dropout at a site whose weight is only read.
     """
-    args, kwargs = as_call(example)
-    if any(t.is_meta for t in model.parameters()):
-        return  # nothing can run yet
-    mine = [(path, owner, slot, d) for path, owner, slot in slots(model) for _, d in slot.deltas((name,))]
+    places = [Place(path, owner, slot, d) for path, owner, slot in slots(model) for _, d in slot.deltas((name,))]
     state = state_of(model)
-    state.probe_batch = next((t.shape[0] for t in _tensors((args, kwargs)) if t.ndim), 0)
-    dead: dict[str, list[str]] = {}
-    small: dict[str, float] = {}
-    with _noise(mine), _put_back(model), torch.enable_grad():
-        for mode in ("train", "eval", "eval without gradients"):
-            for _, _, slot, _ in mine:
-                slot.hits.clear()
-            model.train(mode == "train")
-            state.probing = True
-            try:
-                if mode == "eval without gradients":
-                    with torch.no_grad():
-                        model(*args, **kwargs)
-                    gradients: dict[int, Tensor | None] = {}
-                else:
-                    loss = _scalar(model(*args, **kwargs))
-                    params = [p for _, _, _, d in mine for n in d.trained for p in [d._parameters[n]]]
-                    grads = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
-                    gradients = {id(p): g for p, g in zip(params, grads, strict=True)}
-            finally:
-                state.probing = False
-            for _, owner, slot, delta in mine:
-                hit = slot.hits.get(delta.site.tensor or "call", 0) > 0 or delta.site.tensor in _followed(model, owner)
-                size = _gradient_size(delta, gradients)
-                if not hit or (gradients and size is None):
-                    dead.setdefault(mode, []).append(delta.site.name)
-                elif size is not None and mode == "eval":
-                    small[delta.site.name] = size
-        unreached = _unreached(model, dead, args, kwargs) if dead else set()
-    _report(name, dead, unreached, small)
+    with _noise(places) as without, _put_back(model), torch.enable_grad():
+        runs = {mode: _run(model, places, mode, call) for mode in (TRAIN, EVAL, NO_GRAD)}
+        if _differ(runs[EVAL].output, runs[NO_GRAD].output):
+            runs[NO_GRAD].dead |= _without_effect(model, places, call, runs[NO_GRAD].output, without)
+        _watch_rows(model, places, call)
+    state.seen.clear()
+    _report(name, runs)
+    _refuse_dropout(places, runs[TRAIN])
+    read = {site for run in runs.values() for site in run.read}
+    warn_rounding(name, [(place.owner, place.delta) for place in places if place.name in read])
 
 
-def _report(name: str, dead: dict[str, list[str]], unreached: set[str], small: dict[str, float]) -> None:
-    dead = {mode: [s for s in sites if s not in unreached] for mode, sites in dead.items()}
-    if any(dead.values()):
-        lines = [f"  in {mode}: {_few(sites, 6)}" for mode, sites in dead.items() if sites]
+def _run(model: nn.Module, places: list[Place], mode: str, call: Call) -> Run:
+    state, run = state_of(model), Run()
+    for _, _, slot in slots(model):
+        slot.reads, slot.runs, slot.inputs = {}, {}, []
+    params = [place.delta._parameters[n] for place in places for n in place.delta.trained]
+    gradients: dict[int, Tensor | None] | None = None
+    model.train(mode == TRAIN)
+    state.probing, state.watching = True, mode == NO_GRAD
+    try:
+        _seed()
+        with torch.set_grad_enabled(mode != NO_GRAD):
+            output = model(*call[0], **call[1])
+        if mode != NO_GRAD:
+            loss = _scalar(output)
+            some = loss.requires_grad
+            grads = torch.autograd.grad(loss, params, allow_unused=True) if some else [None] * len(params)
+            gradients = {id(p): g for p, g in zip(params, grads, strict=True)}
+    finally:
+        state.probing = state.watching = False
+    run.output = [t.detach() for t in tensors_in(output) if t.is_floating_point()]
+    followed = _followed(model)
+    for place in places:
+        reads = place.slot.reads.get(place.key, 0) + ((id(place.owner), place.key) in followed)
+        runs = place.slot.runs.get(place.key, 0)
+        mine = None if gradients is None else [gradients[id(place.delta._parameters[n])] for n in place.delta.trained]
+        if not reads + runs or (mine is not None and any(g is None for g in mine)):
+            run.dead.add(place.name)
+        elif mine:
+            run.size[place.name] = max(float(g.abs().max()) for g in mine if g is not None)
+            if not all(bool(g.any()) for g in mine if g is not None):
+                run.closed.add(place.name)
+        if reads:
+            run.read.add(place.name)
+        if runs:
+            run.called.add(place.name)
+    if run.dead:
+        run.unreached = _unreached(model, [place for place in places if place.name in run.dead], mode, call)
+        run.dead -= run.unreached
+    return run
+
+
+def _report(name: str, runs: Mapping[str, Run]) -> None:
+    dead = {mode: run.dead for mode, run in runs.items() if run.dead}
+    if dead:
+        lines = [f"  in {mode}: {_few(sites, 6)}" for mode, sites in dead.items()]
         raise DeadSite(
             f"adapter {name!r} would train nothing at some sites, because the model does not use them\n"
             + "\n".join(lines)
             + "\nExclude them with '!', or pass example= with an input that reaches them."
         )
+    unreached = set.intersection(*(run.unreached for run in runs.values()))
     if unreached:
         log.warning("%d sites of adapter %r were not reached by the example: %s", len(unreached), name, _few(unreached))
-    median = sorted(small.values())[len(small) // 2] if small else 0.0
-    invariant = [site for site, size in small.items() if size < 1e-6 * median]
+    closed = set.intersection(*(runs[mode].closed for mode in (TRAIN, EVAL)))
+    if closed:
+        log.warning(
+            "%d sites of adapter %r have a gradient of exactly zero on the example: %s", len(closed), name, _few(closed)
+        )
+    sizes = runs[EVAL].size
+    median = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
+    invariant = [site for site, size in sizes.items() if size < 1e-6 * median and site not in closed]
     if invariant:
         log.info("the output does not depend on %d sites of adapter %r: %s", len(invariant), name, _few(invariant))
+
+
+def _refuse_dropout(places: list[Place], run: Run) -> None:
+    """Dropout acts on a site's input; code that only reads the weight (timm's EVA and BEiT) gives it none."""
+    read = {
+        place.name
+        for place in places
+        if getattr(place.delta.method, "dropout", 0.0) and place.delta.site.layout and place.name in run.read - run.called
+    }
+    if read:
+        raise ConfigError(
+            f"dropout at {_few(read)}: the model reads this weight without calling its module, so no activation can be "
+            "dropped; set dropout=0 for this rule"
+        )
+
+
+def warn_rounding(name: str, materialised: list[tuple[nn.Module, Delta]]) -> None:
+    """On a bf16 or fp16 base, say what W + delta loses where it is formed: measured on a delta of 1e-3 of the weight."""
+    worst: tuple[float, float, Delta] | None = None
+    found: list[str] = []
+    for owner, delta in materialised:
+        stored = owner._parameters.get(delta.site.tensor)
+        if stored is None or stored.dtype not in (torch.bfloat16, torch.float16) or delta.method.name == "full":
+            continue
+        assert delta.site.layout is not None
+        w = slice_rows(delta.site.layout.to_matrix(stored.detach()), delta.site.rows).flatten()[:65536].float()
+        small = 1e-3 * w.abs() * torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w.device)
+        kept = (w + small).to(stored.dtype).float() - w
+        error = float((kept - small).norm() / small.norm().clamp_min(1e-30))
+        lost = float(((kept == 0) & (small != 0)).float().mean())
+        found.append(delta.site.name)
+        if worst is None or error > worst[0]:
+            worst = (error, lost, delta)
+    if worst is not None:
+        log.warning(
+            "adapter %r: %d sites are formed as one weight on a half-precision base, where W + delta is rounded: of a "
+            "delta of 1e-3 of the weight, %.0f %% of the entries are lost and the error is %.0f %% of its norm (at %s). "
+            "Keep the base in float32 there, or adapt layers that are called: %s",
+            name, len(found), 100 * worst[1], 100 * worst[0], worst[2].site.name, _few(found),
+        )  # fmt: skip
 
 
 def _few(names: Collection[str], n: int = 4) -> str:
     return ", ".join(sorted(names)[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def _gradient_size(delta: Delta, gradients: dict[int, Tensor | None]) -> float | None:
-    """Largest gradient over the site's trained tensors; None if one of them got none. A site that shares all its
-    tensors with another (IA3's bias) is proved by that one."""
-    sizes = []
-    for n in delta.trained:
-        g = gradients.get(id(delta._parameters[n]))
-        if g is None or not bool(g.any()):
-            return None
-        sizes.append(float(g.abs().max()))
-    return max(sizes, default=1.0)
+def _followed(model: nn.Module) -> set[tuple[int, str]]:
+    """(owner, tensor) whose delta was read through a tied name."""
+    return {
+        (id(owner), name)
+        for _, _, slot in slots(model)
+        for tensor, (owner, name) in slot.follows.items()
+        if slot.reads.get(tensor)
+    }
 
 
-def _followed(model: nn.Module, owner: nn.Module) -> set[str]:
-    """Tensors of `owner` whose delta was read through a tied name."""
-    found = set()
-    for _, _, slot in slots(model):
-        found |= {name for tensor, (o, name) in slot.follows.items() if o is owner and slot.hits.get(tensor)}
-    return found
-
-
-def _unreached(model: nn.Module, dead: dict[str, list[str]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+def _unreached(model: nn.Module, dead: list[Place], mode: str, call: Call) -> set[str]:
     """Dead sites whose surrounding module did not run either. A second run with hooks tells; the first has none, since
     a hook switches off the very fast paths that hide dead sites."""
-    suspects = {site for sites in dead.values() for site in sites}
     modules = dict(model.named_modules())
     around: dict[str, nn.Module] = {}
-    for path, _, slot in slots(model):
-        for _, delta in slot.deltas():
-            if delta.site.name in suspects:
-                above = path if delta.site.layout is None else path.rpartition(".")[0]
-                while above and isinstance(modules[above], nn.ModuleList | nn.ModuleDict):
-                    above = above.rpartition(".")[0]
-                around[delta.site.name] = modules[above]
+    for place in dead:
+        above = place.path if place.delta.site.layout is None else place.path.rpartition(".")[0]
+        while above and isinstance(modules[above], nn.ModuleList | nn.ModuleDict):
+            above = above.rpartition(".")[0]
+        around[place.name] = modules[above]
     ran: set[int] = set()
     hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(id(m))) for m in set(around.values())]
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        _seed()
+        with torch.set_grad_enabled(mode != NO_GRAD):
+            model(*call[0], **call[1])
     finally:
         for hook in hooks:
             hook.remove()
     return {site for site, module in around.items() if id(module) not in ran}
 
 
+def _differ(with_graph: list[Tensor], without: list[Tensor]) -> bool:
+    """Whether two runs disagree by more than rounding."""
+    for a, b in zip(with_graph, without, strict=False):
+        if a.shape == b.shape and a.numel():
+            tolerance = 1e-4 if torch.finfo(a.dtype).bits >= 32 else 5e-2
+            if not float((a - b).abs().max()) <= tolerance * float(a.abs().max()):
+                return True
+    return False
+
+
+def _without_effect(
+    model: nn.Module, places: list[Place], call: Call, output: list[Tensor], without: Mapping[int, Tensor]
+) -> set[str]:
+    """Sites whose noise changes nothing in a forward without gradients: something there uses a copy of the weight."""
+    found = set()
+    model.eval()
+    for place in places:
+        params = [p for n in place.delta.trained if (p := place.delta._parameters[n]) is not None]
+        noisy = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p in params:
+                p.copy_(without[id(p)])
+            _seed()
+            now = [t for t in tensors_in(model(*call[0], **call[1])) if t.is_floating_point()]
+            for p, value in zip(params, noisy, strict=True):
+                p.copy_(value)
+        if params and all(torch.equal(a, b) for a, b in zip(now, output, strict=True)):
+            found.add(place.name)
+    return found
+
+
+def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
+    """The two-row probe: row 1 of the example is made row 0's twin. Where the batch is the first axis of a site's input,
+    row 0 stays bit for bit and row 1 becomes its equal."""
+    batch = next((len(t) for t in tensors_in(call) if t.ndim), 0)
+    if batch < 2:
+        return
+    state = state_of(model)
+    first = {id(place.slot): place.slot.inputs for place in places}
+    for place in places:
+        place.slot.inputs = []
+    args, kwargs = _twins(call, batch)
+    model.eval()
+    state.watching = True
+    try:
+        _seed()
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        state.watching = False
+    for place in places:
+        before, after = first[id(place.slot)], place.slot.inputs
+        place.slot.inputs = []
+        if not before and not place.slot.reads:
+            continue  # unreached
+        place.slot.rows_fit = (
+            bool(before)
+            and len(before) == len(after)
+            and all(
+                n == m == batch and torch.equal(a[0], b[0]) and torch.allclose(b[1], b[0], rtol=1e-4, atol=1e-6)
+                for (n, a), (m, b) in zip(before, after, strict=True)
+            )
+        )
+
+
+def _twins(value: Any, batch: int) -> Any:
+    """Every tensor of `batch` rows with row 1 replaced by row 0."""
+    if isinstance(value, Tensor):
+        return torch.cat([value[:1], value[:1], value[2:]]) if value.ndim and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {k: _twins(v, batch) for k, v in value.items()}
+    return tuple(_twins(v, batch) for v in value) if isinstance(value, tuple | list) else value
+
+
 @contextmanager
-def _noise(mine: list[tuple[str, nn.Module, Slot, Delta]]) -> Iterator[None]:
-    """Fill the trained tensors with noise: a zero factor would hide that its partner is dead."""
-    kept = [(p, p.detach().clone()) for _, _, _, d in mine for n in d.trained for p in [d._parameters[n]] if p is not None]
+def _noise(places: list[Place]) -> Iterator[dict[int, Tensor]]:
+    """Fill the trained tensors with noise: a zero factor would hide that its partner is dead. Yields the values before."""
+    params = [p for place in places for n in place.delta.trained if (p := place.delta._parameters[n]) is not None]
+    kept = {id(p): p.detach().clone() for p in params}
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p, value in kept:
+            for p in params:
                 noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-                p.add_(noise * (0.02 + 0.1 * float(value.abs().mean())))
-        yield
+                p.add_(noise * (0.02 + 0.1 * float(p.abs().mean())))
+        yield kept
     finally:
         with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
+            for p in params:
+                p.copy_(kept[id(p)])
 
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, modes and the random state of every device."""
+    """Restore buffers, modes and every random state (transformers masks spectrograms by numpy's)."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     training = model.training
-    with torch.random.fork_rng():
+    cards = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    others = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(cards):
         try:
             yield
         finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
             model.train(training)
             with torch.no_grad():
                 for b, value in buffers:
                     b.copy_(value)
 
 
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
 def _scalar(output: Any) -> Tensor:
     """A number that depends on every floating-point output, with random signs so that nothing cancels."""
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros(())
-    for t in _tensors(output):
+    for t in tensors_in(output):
         if t.is_floating_point() and t.requires_grad:
             signs = torch.randn(t.shape, generator=generator).to(t.device)
             total = total.to(t.device) + (t.float() * signs).sum()
     return total
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for v in value.values():
-            yield from _tensors(v)
+            yield from tensors_in(v)
     elif isinstance(value, list | tuple):
         for v in value:
-            yield from _tensors(v)
+            yield from tensors_in(v)
     elif hasattr(value, "__dataclass_fields__"):
         for n in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, n))
+            yield from tensors_in(getattr(value, n))
 
 
-def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(example: Any) -> Call:
     """An example as (args, kwargs): a dict is keyword arguments, a tuple or list arguments, anything else the argument."""
     if isinstance(example, Mapping):
         return (), dict(example)

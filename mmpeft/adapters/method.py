@@ -200,7 +200,7 @@ class Delta(nn.Module):
             # so ask what the cast would do to an empty tensor and follow it in device only.
             if t.is_floating_point():
                 probe = fn(torch.empty(0, dtype=t.dtype, device=t.device))
-                if torch.finfo(probe.dtype).bits < torch.finfo(t.dtype).bits:
+                if torch.finfo(probe.dtype).bits < 32:
                     return t.to(probe.device)
             return fn(t)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.adapters.site import is_hf_conv1d
+from mmpeft.adapters.site import _is_hf_conv1d as is_hf_conv1d
 from mmpeft.adapters.state import SLOT
 from mmpeft.errors import FileFormatError
 
@@ -121,4 +121,6 @@ def compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise FileFormatError(f"adapter_config.json holds {pattern!r}, which is no regular expression: {error}") from error
+        raise FileFormatError(
+            f"adapter_config.json holds {pattern!r}, which is no regular expression: {error}"
+        ) from error

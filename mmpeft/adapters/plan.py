@@ -246,7 +246,8 @@ def _below(site: Site, path: str) -> bool:
 
 
 def _in_slot(path: str) -> bool:
-    return SLOT in path.split(".")
+    """Whether a path is an adapter's own, or the stored half of a parametrised tensor (its owner's tensor is the site)."""
+    return SLOT in path.split(".") or "parametrizations" in path.split(".")
 
 
 __all__ = ["Plan", "PlanLike", "Rule", "Target", "resolve"]

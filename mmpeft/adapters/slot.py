@@ -7,7 +7,9 @@ the *factored* route instead (`Slot.parts`, used in `forward.py`), and W' is nev
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -45,10 +47,12 @@ class Slot(nn.Module):
         super().__init__()
         self.state = state
         self.pinned: dict[str, Tensor] = {}  # tensor name -> merged W', beside the untouched base
-        self.hits: dict[str, int] = {}  # liveness: how often each tensor (or the call) was read
+        self.reads: dict[str, int] = {}  # liveness: how often W' of each tensor was formed
+        self.runs: dict[str, int] = {}  # liveness: how often each tensor was used factored, or the call wrapped
         self.follows: dict[str, tuple[nn.Module, str]] = {}  # tied tensors: the owner and name that carry the delta
-        self.cache: dict[str, tuple[Any, Tensor]] = {}  # tensor name -> (versions, W'), without gradients only
-        self.rows_fit = True  # liveness saw the batch on the first axis of this owner's input
+        self.cache: dict[str, Cached] = {}  # tensor name -> W', without gradients only
+        self.inputs: list[tuple[int, Tensor]] = []  # liveness: (rows, summary of the first two) of each input
+        self.rows_fit: bool | None = None  # whether liveness saw the batch on the first axis of this owner's input
 
     def deltas(self, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, Delta]]:
         """(adapter name, Delta) in the order of `names` (default: all adapters here)."""
@@ -82,7 +86,7 @@ class Slot(nn.Module):
             owner, name = self.follows[tensor]
             return cast(Tensor, getattr(owner, name))
         if state.probing:
-            self.hits[tensor] = self.hits.get(tensor, 0) + 1
+            self.reads[tensor] = self.reads.get(tensor, 0) + 1
         active = state.current()
         if active.base:
             return base
@@ -99,35 +103,36 @@ class Slot(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.cache.pop(tensor, None)
             return self._compose(start, deltas, active)
-        key = self._versions(start, deltas, active)
-        found = self.cache.get(tensor)
-        if key is None or found is None or found[0] != key:
-            found = (key, self._compose(start, deltas, active))
-            self.cache[tensor] = found
-        return found[1]
+        return self._cached(tensor, start, deltas, active)
 
     def _compose(self, start: Tensor, deltas: list[tuple[str, Delta]], active: Active) -> Tensor:
-        dtype = wide(start.dtype)
-        w = start.to(dtype)
-        if active.weights is None:
-            for _, delta in deltas:
-                w = apply(w, delta)
-        else:
-            total = w
-            for name, weight in active.weighted():
-                changed = w
-                for n, delta in deltas:
-                    changed = apply(changed, delta) if n == name else changed
-                total = total + weight * (changed - w) if changed is not w else total
-            w = total
-        return w.to(start.dtype)
+        with full_precision(start.device):
+            w = start.to(wide(start.dtype))
+            if active.weights is None:
+                for _, delta in deltas:
+                    w = apply(w, delta)
+            else:
+                total = w
+                for name, weight in active.weighted():
+                    changed = w
+                    for n, delta in deltas:
+                        changed = apply(changed, delta) if n == name else changed
+                    total = total + weight * (changed - w) if changed is not w else total
+                w = total
+            return w.to(start.dtype)
 
-    def _versions(self, start: Tensor, deltas: list[tuple[str, Delta]], active: Active) -> Any:
-        try:
-            tensors = [start, *(p for _, d in deltas for p in d.parameters())]
-            return (active, tuple((id(t), t._version) for t in tensors), any(d.training for _, d in deltas))
-        except RuntimeError:  # inference tensors keep no version
-            return None
+    def _cached(self, tensor: str, start: Tensor, deltas: list[tuple[str, Delta]], active: Active) -> Tensor:
+        """W' kept between reads without gradients, until a source, the active set or W' itself changes."""
+        sources = (start, *(p for _, d in deltas for p in d.parameters()))
+        if any(t.is_inference() for t in sources):  # inference tensors keep no version
+            return self._compose(start, deltas, active)
+        key = (active, tuple(t._version for t in sources), any(d.training for _, d in deltas))
+        found = self.cache.get(tensor)
+        if found is None or not found.fits(key, sources):
+            with torch.inference_mode(False), torch.no_grad():
+                value = self._compose(start, deltas, active)
+            found = self.cache[tensor] = Cached(key, sources, value, value._version)
+        return found.value
 
     # --- factored ----------------------------------------------------------------------------------------------------
 
@@ -145,19 +150,13 @@ class Slot(nn.Module):
             if name in state.merged:
                 continue
             for _, delta in self.at(tensor, (name,)):
-                layout, rows = delta.site.layout, delta.site.rows
-                assert layout is not None
-                matrix = slice_rows(layout.to_matrix(start), rows)
-                factors = delta.method.factors(matrix, delta)
-                if factors is None:
+                part = part_of(start, delta, weight)
+                if part is None:
                     return None
-                begin, stop = rows or (0, matrix.shape[-2])
-                found.append(Part(begin, stop, factors, delta, weight))
+                found.append(part)
         scaled = any(not p.factors.additive for p in found)
-        if scaled and (len({p.start for p in found}) < len(found) or any(p.weight != 1 for p in found)):
+        if scaled and (overlap(found) or any(p.weight != 1 for p in found)):
             return None  # a row or column scale composes with nothing else on the same rows
-        if state.probing and found:
-            self.hits[tensor] = self.hits.get(tensor, 0) + 1
         return start, found
 
     def rows_parts(self, tensor: str, base: Tensor) -> tuple[Tensor, list[list[Part]]]:
@@ -168,16 +167,21 @@ class Slot(nn.Module):
         for name in active.names:
             group = []
             for _, delta in self.at(tensor, (name,)):
-                layout, rows = delta.site.layout, delta.site.rows
-                assert layout is not None
-                matrix = slice_rows(layout.to_matrix(start), rows)
-                factors = delta.method.factors(matrix, delta) if delta.method.mixes else None
-                if factors is None:
+                part = part_of(start, delta) if delta.method.mixes else None
+                if part is None:
                     raise Unsupported(f"rows= at {delta.site.name}: {delta.method.name} cannot differ within a batch")
-                begin, stop = rows or (0, matrix.shape[-2])
-                group.append(Part(begin, stop, factors, delta))
+                group.append(part)
             groups.append(group)
         return start, groups
+
+    def rows_vectors(self, tensor: str, base: Tensor) -> Tensor:
+        """A bias under each adapter of `active.names` and, last, the base's: [n + 1, out]; [1, out] if none touches it."""
+        active = self.state.current()
+        start = self.pinned.get(tensor, base)
+        found = [self.at(tensor, (name,)) for name in active.names]
+        if not any(found):
+            return start.unsqueeze(0)
+        return torch.stack([self._compose(start, deltas, Active()) for deltas in [*found, []]])
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -191,7 +195,9 @@ class Slot(nn.Module):
         if not deltas:
             return call(*args, **kwargs)
         if state.probing:
-            self.hits["call"] = self.hits.get("call", 0) + 1
+            self.runs["call"] = self.runs.get("call", 0) + 1
+        if state.watching:
+            self.watch(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None))
         if active.rows is not None:
             return self._around_rows(call, deltas, active, args, kwargs)
         for delta in deltas:
@@ -219,10 +225,18 @@ class Slot(nn.Module):
                 out[b] = row
         return join_rows(out)
 
+    def watch(self, x: Tensor | None) -> None:
+        """Note how many rows the input has, and two numbers of each of its first two rows."""
+        if x is None or not x.ndim or len(x) < 2:
+            self.inputs.append((-1, torch.zeros(())))
+            return
+        rows = x.detach()[:2].flatten(1).double()
+        self.inputs.append((len(x), torch.stack([rows.sum(1), rows.square().sum(1)], 1)))
+
     # --- copies ------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": {}, "hits": {}}
+        return self.__dict__ | {"cache": {}, "reads": {}, "runs": {}, "inputs": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         super()._apply(fn, recurse)
@@ -234,9 +248,63 @@ class Slot(nn.Module):
         return ", ".join(self._modules)
 
 
+@dataclass(frozen=True)
+class Cached:
+    """A materialised W', and what it was made of."""
+
+    key: tuple[Any, ...]
+    sources: tuple[Tensor, ...]  # the tensors themselves: an id could be used again
+    value: Tensor
+    version: int
+
+    def fits(self, key: tuple[Any, ...], sources: tuple[Tensor, ...]) -> bool:
+        """Whether nothing changed, the value included (code that initialises in place writes to what it reads)."""
+        same = self.key == key and len(sources) == len(self.sources)
+        return same and all(map(operator.is_, self.sources, sources)) and self.value._version == self.version
+
+
+def full_precision(device: torch.device) -> Any:
+    """Autocast off: weights and factors are formed at their own precision, whatever the forward around them rounds to."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def part_of(start: Tensor, delta: Delta, weight: float = 1.0) -> Part | None:
+    """The factored update of the stored tensor `start` by one delta, or None where the method has no factors."""
+    layout, rows = delta.site.layout, delta.site.rows
+    check_shape(start, delta)
+    assert layout is not None
+    with full_precision(start.device):
+        matrix = slice_rows(layout.to_matrix(start), rows)
+        factors = delta.method.factors(matrix, delta)
+    if factors is None:
+        return None
+    begin, stop = rows or (0, matrix.shape[-2])
+    return Part(begin, stop, factors, delta, weight)
+
+
+def overlap(parts: list[Part]) -> bool:
+    """Whether two of the updates share rows."""
+    edges = sorted((p.start, p.stop) for p in parts)
+    return any(a[1] > b[0] for a, b in zip(edges, edges[1:], strict=False))
+
+
+def check_shape(w: Tensor, delta: Delta) -> None:
+    """Refuse a weight that was resized under its adapter."""
+    layout = delta.site.layout
+    if layout is not None and tuple(w.shape) != layout.shape:
+        raise ConfigError(
+            f"{delta.site.name} has shape {tuple(w.shape)}, but its adapter was made for {layout.shape}: resize the base "
+            "first, then attach"
+        )
+
+
 def apply(w: Tensor, delta: Delta) -> Tensor:
     """The stored tensor `w` under one delta."""
     site = delta.site
+    check_shape(w, delta)
     assert site.layout is not None
     m = site.layout.to_matrix(w)
     new = delta.method.weight(slice_rows(m, site.rows), delta)

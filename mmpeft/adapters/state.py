@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,12 +48,13 @@ class State:
     merged: tuple[str, ...] = ()
     bare: bool = False
     probing: bool = False  # liveness: count which sites a forward reaches
+    watching: bool = False  # liveness: note the first two rows of every site's input
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base before the first attach
     training: dict[str, bool] = field(default_factory=dict)
-    seen: set[Active] = field(default_factory=set)  # active sets of the grad-enabled forwards since the last backward
+    frames: MutableMapping[Any, Active] = field(default_factory=weakref.WeakKeyDictionary)  # checkpoint -> its active set
+    seen: set[Active] = field(default_factory=set)  # active sets of all forwards since the last recomputation
     in_backward: bool = False
     override: Active | None = None  # within one call that runs a part of the batch
-    probe_batch: int = 0  # batch size of the liveness probe's input
     row_index: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def check_names(self, names: Sequence[str]) -> None:
@@ -65,28 +67,37 @@ class State:
     def current(self) -> Active:
         """The active set of this call, also inside the recomputation of activation checkpointing.
 
-        A recomputation runs during the backward and must repeat its forward. The active set may have changed since (a
-        `with use(...)` that ended), so every grad-enabled forward notes its set; if the forwards since the last
-        backward used one, that one is repeated, else nothing tells which it was.
+        A recomputation runs during the backward and must repeat its forward, though the active set may have changed
+        since (a `with use(...)` that ended). Non-reentrant checkpointing has one frame object a checkpointed call, in
+        its forward and in its recomputation: the frame's set is noted and repeated. Reentrant checkpointing (or a
+        frame hidden by saved-tensor hooks of the user) has none: all sets used since the last recomputation are noted,
+        and if they differ nothing tells which it was.
 
         Raises:
-            ConfigError: recomputation, and the forwards before it used different active sets.
+            ConfigError: such a recomputation, and the forwards before it used different active sets.
         """
-        if self.override is not None:
-            return self.override
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self.active
-        if torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():
+            return self.active if self.override is None else self.override
+        if torch._C._current_graph_task_id() == -1:  # a forward
+            active = self.active if self.override is None else self.override
             if self.in_backward:
                 self.seen.clear()
                 self.in_backward = False
-            self.seen.add(self.active)
-            return self.active
+            self.seen.add(active)
+            frame = checkpoint_frame() if torch.is_grad_enabled() else None
+            if frame is not None:
+                self.frames[frame] = active
+            return active
+        frame = checkpoint_frame()
+        if frame is not None and frame in self.frames:
+            return self.frames[frame]
+        if self.override is not None:
+            return self.override
         self.in_backward = True
         if len(self.seen) > 1:
             raise ConfigError(
                 "activation checkpointing recomputes a forward, but the forwards before this backward used different "
-                "adapters; call backward inside each `with mmpeft.use(...)`"
+                "adapters; use checkpoint(..., use_reentrant=False), or call backward inside each `with mmpeft.use(...)`"
             )
         return next(iter(self.seen), self.active)
 
@@ -101,7 +112,21 @@ class State:
         return self.row_index[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"row_index": {}, "seen": set()}
+        return {k: v for k, v in self.__dict__.items() if k != "frames"} | {"row_index": {}, "seen": set()}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, frames=weakref.WeakKeyDictionary())
+
+
+def checkpoint_frame() -> Any:
+    """The frame of the innermost non-reentrant `torch.utils.checkpoint` that this forward or recomputation is in."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    for cell in () if hooks is None else getattr(hooks[0], "__closure__", None) or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if type(held).__name__ == "_CheckpointFrame":
+            return held
+    return None
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -124,11 +149,16 @@ def state_of(model: nn.Module) -> State:
     """The state of an adapted model.
 
     Raises:
-        ConfigError: nothing is attached.
+        ConfigError: nothing is attached, or parts of the model were adapted apart from each other.
     """
-    state = find_state(model)
-    if state is None:
+    found = {id(slot.state): slot.state for _, _, slot in slots(model)}
+    if not found:
         raise ConfigError(f"this {type(model).__name__} has no adapter; call mmpeft.attach(model, plan) first")
+    if len(found) > 1:
+        raise ConfigError(
+            f"{len(found)} parts of this {type(model).__name__} were adapted apart from each other; call this on each part"
+        )
+    state: State = next(iter(found.values()))
     return state
 
 

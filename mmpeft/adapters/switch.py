@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.liveness import _tensors, as_call
+from mmpeft.adapters.classes import spec_of
+from mmpeft.adapters.forward import stock_op
+from mmpeft.adapters.liveness import as_call, tensors_in
+from mmpeft.adapters.method import Delta
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import Active, make_active, slots, state_of
 from mmpeft.errors import ConfigError, Unsupported
@@ -29,6 +32,7 @@ class use:
 
     Raises:
         NameNotFound: an adapter the model does not have.
+        Unsupported: `rows` at sites that one batch cannot split (named in the message).
     """
 
     def __init__(
@@ -41,14 +45,52 @@ class use:
         self.state = state_of(model)
         if rows is not None and names is not None:
             raise ConfigError("use() takes names or rows=, not both")
+        chosen = make_active(self.state, names, rows)
+        if chosen.rows is not None:
+            check_rows(model, chosen)
         self.before = self.state.active
-        self.state.active = make_active(self.state, names, rows)
+        self.state.active = chosen
 
     def __enter__(self) -> use:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.state.active = self.before
+
+
+def check_rows(model: nn.Module, chosen: Active) -> None:
+    """Refuse rows= where one batch cannot be split: at materialised sites, for methods that cannot mix, and where the
+    proof of liveness saw that the batch is not the first axis.
+
+    Raises:
+        Unsupported: naming the sites.
+        ConfigError: adapters are merged, so that no row can be the base.
+    """
+    if state_of(model).merged:
+        raise ConfigError(f"rows= while {', '.join(state_of(model).merged)} are merged; unmerge first")
+    refused: dict[str, list[str]] = {}
+    for _, owner, slot in slots(model):
+        for _, delta in slot.deltas(chosen.names):
+            why = _why_no_rows(owner, slot, delta)
+            if why:
+                refused.setdefault(why, []).append(delta.site.name)
+    if refused:
+        lines = [f"  {', '.join(sites[:4])}{f' and {len(sites) - 4} more' if len(sites) > 4 else ''}: {why}"
+                 for why, sites in refused.items()]
+        raise Unsupported("rows= cannot give each row of a batch its own adapter at\n" + "\n".join(lines))
+
+
+def _why_no_rows(owner: nn.Module, slot: Slot, delta: Delta) -> str:
+    """The reason why rows= is refused at a site, '' where it works."""
+    if delta.site.kind == "weight":
+        op = stock_op(spec_of(type(owner))[0])
+        if op is None or not op.mixes or delta.site.tensor not in ("weight", "bias") or delta.site.tensor in slot.follows:
+            return f"the {delta.site.tensor} of a {type(owner).__name__} is one for the whole batch"
+        if delta.site.tensor == "weight" and not delta.method.mixes:
+            return f"{delta.method.name} cannot differ within a batch"
+    elif delta.site.kind == "tokens" or not delta.method.mixes:
+        return f"{delta.method.name} cannot differ within a batch"
+    return "its input does not keep the batch on the first axis, or its weight is read without a call" if slot.rows_fit is False else ""
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -120,7 +162,7 @@ def merge(model: nn.Module, names: Sequence[str] | str | None = None, *, check: 
                 raise Unsupported(f"{name!r} changes the call of {path} ({delta.method.name}); only weight methods can be merged")
     call = None if check is None else as_call(check)
     with use_active(state, chosen), torch.no_grad():
-        before = None if call is None else list(_tensors(model(*call[0], **call[1])))
+        before = None if call is None else list(tensors_in(model(*call[0], **call[1])))
         pinned: list[tuple[Slot, str, Tensor]] = []
         for _, owner, slot in slots(model):
             for tensor in {d.site.tensor for _, d in slot.deltas(chosen.names)}:
@@ -131,7 +173,7 @@ def merge(model: nn.Module, names: Sequence[str] | str | None = None, *, check: 
     if call is None or before is None:
         return 0.0
     with use_active(state, chosen), torch.no_grad():
-        after = list(_tensors(model(*call[0], **call[1])))
+        after = list(tensors_in(model(*call[0], **call[1])))
     size = max((float(b.abs().max()) for b in before if b.is_floating_point()), default=0.0) or 1.0
     error = max((float((a - b).abs().max()) for a, b in zip(after, before, strict=True) if b.is_floating_point()), default=0.0)
     if not error / size <= tolerance:

@@ -4,8 +4,8 @@
                                                        {"from": "gpt", "value": "a cat"}]}]
 
 Each `<image>` in the text stands for the next image ("image" may be a list); the numbers must agree, or the sample is
-refused by name (LLaVA itself would train on misplaced features). `audio` with `<audio>`, `system` turns and JSON lines are
-read as well.
+refused by name (LLaVA itself would train on misplaced features). `audio` with `<audio>`, `system` turns and JSON lines
+are read as well.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def place_media(
             if words:
                 content.append(text(words))
         messages.append({"role": role, "content": content})
-    for kind in given:
-        if used[kind] != given[kind]:
-            raise BadSample(f"sample {id!r}: {used[kind]} <{kind}> markers for {given[kind]} {kind} files")
+    for kind, files in given.items():
+        if used[kind] != files:
+            raise BadSample(f"sample {id!r}: {used[kind]} <{kind}> markers for {files} {kind} files")
     return messages

@@ -49,8 +49,8 @@ class Prompts:
 class ConversationProcessor:
     """Encodes conversations with a `MultimodalLM` (anything with its `encode` and `collate`).
 
-    A training batch is `{"inputs": model batch, "ids": [str]}`. An evaluation batch also has `"samples"`, the samples as
-    the dataset gave them (images undecoded, `kind` and `answers`), and `"prompts"`, the conversations encoded up to
+    A training batch is `{"inputs": model batch, "ids": [str]}`. An evaluation batch also has `"samples"`, the samples
+    as the dataset gave them (images undecoded, `kind` and `answers`), and `"prompts"`, the conversations encoded up to
     where the last answer begins; its `"inputs"` hold the answers too, where there are any, for the loss.
     """
 

@@ -10,6 +10,7 @@ needs to be exact under DDP, and what keeps ranks from waiting for one another f
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def epoch_batches(
     if lengths is not None:
         order = _sort_in_buckets(order, lengths, bucket=-(-size // count) * BUCKET_BATCHES if shuffle else size)
     cuts = [size * i // count for i in range(count + 1)]
-    batches = [order[a:b][rank::world] for a, b in zip(cuts, cuts[1:], strict=False)]
+    batches = [order[a:b][rank::world] for a, b in itertools.pairwise(cuts)]
     if shuffle and lengths is not None:
         rng.shuffle(batches)
     return batches

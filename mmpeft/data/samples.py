@@ -189,11 +189,24 @@ def check_media_files(sample: Mapping[str, Any]) -> None:
         kind = part["type"]
         try:
             for image in part["video"] if kind == "video" else [part["image"]] if "image" in part else []:
-                load_image(image)
+                open_image(image, sample["id"])
             if "audio" in part:
                 load_audio(part["audio"], int(part.get("sampling_rate", 1)))
         except BadSample as error:
-            raise BadSample(f"sample {sample['id']!r}: {error}") from error
+            named = repr(sample["id"]) in str(error)
+            raise error if named else BadSample(f"sample {sample['id']!r}: {error}") from error
+
+
+def open_image(value: Any, id: str = "?") -> Any:
+    """A decoded RGB `PIL.Image` of a path, picture or array.
+
+    Raises:
+        BadSample: naming the sample, for what is missing, truncated or no image.
+    """
+    try:
+        return load_image(value)
+    except BadSample as error:
+        raise BadSample(f"sample {id!r}: {error}") from error
 
 
 def check_keys(given: Sequence[str], *, known: Sequence[str], required: Sequence[str] = (), where: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmpeft.encoders.audio_preprocess import AudioPreprocess
 from mmpeft.encoders.base import Encoder, lengths_to_mask, mask_to_lengths, resolve_layer
-from mmpeft.encoders.files import hub_cache, hub_errors, load_strict, read_weights
+from mmpeft.encoders.files import hub_cache, load_errors, load_strict, read_weights
 from mmpeft.encoders.hf import load_backbone, locate
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import AudioOptions
@@ -230,7 +230,7 @@ def load_torchaudio(name: Name, options: AudioOptions) -> TorchaudioWave:
         if options.weights is not None:
             load_strict(model, read_weights(options.weights), options.weights)
     else:
-        with hub_errors(name.text, torch.hub.get_dir()):
+        with load_errors(name.text, torch.hub.get_dir()):
             model = bundle.get_model()
         model = getattr(model, "model", model)  # bundles that normalise the waveform wrap the network
     return torchaudio_encoder(
@@ -264,5 +264,5 @@ def _feature_extractor(name: Name, config: Any, options: AudioOptions) -> Any:
         if config.model_type == "whisper":
             return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins)
         return transformers.Wav2Vec2FeatureExtractor()
-    with hub_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
         return transformers.AutoFeatureExtractor.from_pretrained(place, revision=options.revision)

@@ -200,7 +200,12 @@ class FeatureCache:
         for path in sorted(self.folder.glob("tokens-*.safetensors")):
             try:
                 self._read_file(path)
-            except (SafetensorError, OSError, ValueError, KeyError) as error:  # truncated or foreign: the samples are encoded again
+            except (
+                SafetensorError,
+                OSError,
+                ValueError,
+                KeyError,
+            ) as error:  # truncated or foreign: the samples are encoded again
                 log.warning("feature cache file %s is damaged (%s) and will be made again", path, error)
                 path.unlink()
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import FileFormatError, MmpeftError, NameNotFound
@@ -99,18 +100,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def hub_errors(name: str, cache: str | Path) -> Iterator[None]:
-    """Word a failed download: which id, which cache folder was tried, and how to do without the hub."""
+def load_errors(name: str, place: str | Path) -> Iterator[None]:
+    """Word what a library says when a model does not load.
+
+    Args:
+        name: as the user gave it.
+        place: a Path of a folder or file on disk; a text is the cache folder of a hub's downloads.
+
+    Raises:
+        FileFormatError: the folder or file on disk is damaged or does not fit.
+        NameNotFound: the hub did not give it; the message says the id, the cache tried, and how to do without the hub.
+    """
     try:
         yield
-    except MmpeftError:
+    except (MmpeftError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # every hub client has its own error types
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # every library and hub client has its own error types
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        said = f"{type(error).__name__}: {reason}"
+        if isinstance(place, Path):
+            raise FileFormatError(f"{name!r} could not be loaded from {str(place)!r} ({said})") from error
         raise NameNotFound(
-            f"{name!r} could not be loaded ({type(error).__name__}: {reason}). It is not complete in the cache "
-            f"{str(cache)!r}, and the hub did not give it: the id may be wrong, or there is no connection. Without a "
-            f"connection, copy the model's folder (config and *.safetensors) here and give its path as the name"
+            f"{name!r} could not be loaded ({said}). It is not complete in the cache {place!r}, and the hub did not give "
+            f"it: the id may be wrong, or there is no connection. Without a connection, copy the model's folder (its "
+            f"configuration and *.safetensors) to this machine and give its path as the name"
         ) from error
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmpeft.encoders.base import Modality
-from mmpeft.encoders.files import check_weights, hub_cache, hub_errors, identify_folder, load_strict, read_weights
+from mmpeft.encoders.files import check_weights, hub_cache, identify_folder, load_errors, read_weights
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import Options
 from mmpeft.errors import FileFormatError, NameNotFound, Unsupported, require
@@ -52,7 +52,7 @@ def read_config(name: Name, revision: str | None) -> Any:
     """The model's transformers configuration."""
     transformers: Any = require("transformers", "text")
     place = locate(name)
-    with hub_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
         return transformers.AutoConfig.from_pretrained(place, revision=revision)
 
 
@@ -91,24 +91,23 @@ def load_backbone(name: Name, options: Options, modality: Modality) -> Any:
     """
     config = read_config(name, options.revision)
     cls = model_class(config, modality)
-    place = locate(name)
-    if name.random or options.weights is not None:
-        if cls.config_class is not type(config):  # a tower of a two-tower configuration
-            config = getattr(config, cls.config_class.base_config_key)
-        model = drop_poolers(cls(config))
-        if options.weights is not None:
-            load_strict(model, read_weights(options.weights), options.weights)
-        return model.to(options.dtype or torch.float32)
-    with hub_errors(name.text, place if isinstance(place, Path) else hub_cache()), _quiet():
+    if cls.config_class is not type(config):  # one tower of a configuration of two
+        config = getattr(config, cls.config_class.base_config_key)
+    if name.random and options.weights is None:
+        return drop_poolers(cls(config)).to(options.dtype or torch.float32)
+    place: Any = locate(name)
+    source: dict[str, Any] = {"revision": options.revision, "use_safetensors": True}
+    if options.weights is not None:
+        place, source = None, {"state_dict": read_weights(options.weights)}
+    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()), _quiet():
         model, info = cls.from_pretrained(
-            place, revision=options.revision, dtype=options.dtype or "auto", use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+            place, config=config, dtype=options.dtype or "auto", output_loading_info=True, **source
+        )
     missing = [k for k in info["missing_keys"] if k.split(".")[0] not in POOLERS]
     if missing or info["mismatched_keys"]:
         raise FileFormatError(
-            f"{name.text!r} lacks {len(missing)} of the weights of {cls.__name__}: {', '.join(sorted(missing)[:4])} "
-            f"{info['mismatched_keys'] or ''}"
+            f"{options.weights or name.text!r} lacks {len(missing)} of the weights of {cls.__name__}: "
+            f"{', '.join(sorted(missing)[:4])} {info['mismatched_keys'] or ''}"
         )
     return drop_poolers(model)
 
@@ -116,8 +115,7 @@ def load_backbone(name: Name, options: Options, modality: Modality) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' report of unexpected keys: the other tower's are expected, and missing ones are checked here."""
-    from transformers.utils import logging
-
+    logging: Any = require("transformers.utils.logging", "text")
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmpeft.encoders.files import hub_cache, hub_errors
+from mmpeft.encoders.files import hub_cache, load_errors
 from mmpeft.encoders.hf import load_backbone, locate
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
@@ -88,7 +88,7 @@ def hf_preprocess(name: Name, config: Any, options: ImageOptions) -> tuple[Image
             raise FileFormatError(f"{str(place)!r} has no preprocessor_config.json, so its preprocessing is unknown")
         size = options.image_size or native
         return square_transform(size, "bicubic", (0.5,) * 3, (0.5,) * 3, pad=options.resize == "pad"), size
-    with hub_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
         processor = transformers.AutoImageProcessor.from_pretrained(place, revision=options.revision)
     size = options.image_size or _output_side(processor)
     if options.resize != "library":

@@ -6,9 +6,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmpeft.encoders.files import PICKLED, check_weights, hub_cache, hub_errors, identify_folder, read_weights
+from mmpeft.encoders.base import freeze
+from mmpeft.encoders.files import PICKLED, check_weights, hub_cache, identify_folder, load_errors, read_weights
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
 from mmpeft.encoders.names import Name
@@ -20,9 +21,18 @@ class OpenClipImage(ImageEncoder):
     """The visual tower of an open_clip model: its own ViT, its ResNet, or a timm trunk."""
 
     def prepare(self, num_layers: int) -> None:
+        visual: Any = self.backbone
+        trunk: Any = getattr(visual, "trunk", None)
+        for part in (trunk, visual):
+            if hasattr(part, "prune_intermediate_layers"):
+                part.prune_intermediate_layers([self.index], prune_norm=not self.last, prune_head=True)
+        stages = [f"layer{i}" for i in range(self.index + 1, num_layers)]  # of the ResNet
+        for unused in ("head", "attnpool", *stages):
+            if hasattr(visual, unused):
+                setattr(visual, unused, nn.Identity())
+        freeze(visual)
         # a timm trunk without prefix tokens refuses to be asked for them
-        trunk = getattr(self.backbone, "trunk", None)
-        self.has_prefix = not hasattr(self.backbone, "layer4") and (
+        self.has_prefix = not _is_resnet(visual) and (
             trunk is None or "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
         )
 
@@ -39,9 +49,13 @@ class OpenClipImage(ImageEncoder):
 def load_open_clip_image(name: Name, options: ImageOptions) -> OpenClipImage:
     """A frozen open_clip visual tower; `load_encoder` says the names, options and errors."""
     open_clip: Any = require("open_clip", "vision")
-    model = build(open_clip, name, options, force_image_size=options.image_size)
+    model = build(open_clip, name, options)
     cfg = open_clip.get_model_preprocess_cfg(model)
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    native = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
+    size = options.image_size or native
+    if size != native and not _is_resnet(model.visual):  # whose positions are in its pooling head, which is not used
+        model = build(open_clip, name, options, force_image_size=size)
+    cfg = {**cfg, "size": size}
     if options.resize == "library":
         library: Any = require("open_clip.transform", "vision")
         transform = library.image_transform_v2(library.PreprocessCfg(**cfg), is_train=False)
@@ -56,6 +70,10 @@ def load_open_clip_image(name: Name, options: ImageOptions) -> OpenClipImage:
         visual, name=name.text, preprocess=preprocess, image_size=size, num_layers=_num_layers(visual),
         layer=options.layer, pool=options.pool, drop_class_token=options.drop_class_token,
     )  # fmt: skip
+
+
+def _is_resnet(visual: nn.Module) -> bool:
+    return hasattr(visual, "layer4") and not hasattr(visual, "trunk")
 
 
 def _num_layers(visual: Any) -> int:
@@ -79,18 +97,13 @@ def build(open_clip: Any, name: Name, options: Options, **create: Any) -> Any:
         read_weights(options.weights)  # refuses a pickle or a damaged file
         pretrained = options.weights
     local_random = name.random or (options.weights is not None and ":" in source)
-    try:
-        with hub_errors(name.text, place or hub_cache()):
-            model = open_clip.create_model(
-                source, pretrained=pretrained, load_weights=not local_random, pretrained_text=False, **create
-            )
-    except NameNotFound as error:
-        if options.weights is None and place is None:
-            raise
-        at = options.weights or str(place)
-        raise FileFormatError(f"{at!r} does not fit the open_clip model {name.text!r}: {error.__cause__}") from error
-    if options.weights is not None and ":" in source:
-        open_clip.load_checkpoint(model, options.weights, strict=True)
+    where: str | Path = Path(options.weights) if options.weights else place or hub_cache()
+    with load_errors(name.text, where):
+        model = open_clip.create_model(
+            source, pretrained=pretrained, load_weights=not local_random, pretrained_text=False, **create
+        )
+        if options.weights is not None and ":" in source:
+            open_clip.load_checkpoint(model, options.weights, strict=True)
     return model
 
 

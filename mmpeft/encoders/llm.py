@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mmpeft.encoders.base import log
-from mmpeft.encoders.files import cache_folder, check_weights, hub_cache, hub_errors, identify_folder, read_json
+from mmpeft.encoders.files import cache_folder, check_weights, hub_cache, identify_folder, load_errors, read_json
 from mmpeft.encoders.packages import find_package
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest, require
 
@@ -78,7 +78,7 @@ def load_llm(
             raise ConfigError("a model made from a configuration has no tokenizer of its own: give tokenizer=")
         options["dtype"] = dtype or torch.float32
         return LLM(cast(Any, _random_model(folder, options)).eval(), tokenizer, text)
-    with hub_errors(text, folder if isinstance(folder, Path) else hub_cache()):
+    with load_errors(text, folder if isinstance(folder, Path) else hub_cache()):
         model: Any = _model(folder, random, options, revision)
         loaded = tokenizer or _tokenizer(folder, revision)
     if loaded.pad_token is None:
@@ -207,12 +207,19 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file recorded when the folder was made is there with its size."""
+    """Whether every file recorded when the folder was made is there with its size, and the weights open."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         files = read_json(folder / "complete.json")["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (FileFormatError, KeyError, OSError):
+        if any((folder / name).stat().st_size != size for name, size in files.items()):
+            return False
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (FileFormatError, KeyError, OSError, SafetensorError):
         return False
+    return True
 
 
 def _file_key(path: Path) -> str:

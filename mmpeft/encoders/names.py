@@ -63,5 +63,5 @@ def parse(text: str) -> Name:
         )
     raise NameNotFound(
         f"{text!r} is neither a folder on disk nor a name with a source ({', '.join(s + ':' for s in SOURCES)}). "
-        f"For the hub's id write 'hf:{text}' or 'timm:{text}'"
+        f"For the hub's id write 'hf:{text}' or 'timm:hf-hub:{text}'"
     )

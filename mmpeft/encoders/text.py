@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.encoders.base import Encoder, resolve_layer
-from mmpeft.encoders.files import hub_cache, hub_errors
+from mmpeft.encoders.files import hub_cache, load_errors
 from mmpeft.encoders.hf import load_backbone, locate
 from mmpeft.encoders.image_open_clip import build
 from mmpeft.encoders.names import Name
@@ -151,7 +151,7 @@ def load_hf_text(name: Name, options: TextOptions) -> HFText:
     if config.is_encoder_decoder:
         model = model.get_encoder()
     place = locate(name)
-    with hub_errors(text, place if isinstance(place, Path) else hub_cache()):
+    with load_errors(text, place if isinstance(place, Path) else hub_cache()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=options.revision)
     limit = _limit(config, tokenizer)
     if options.max_length is not None and not 1 <= options.max_length <= limit:
@@ -176,7 +176,7 @@ def load_open_clip_text(name: Name, options: TextOptions) -> OpenClipText:
         raise Unsupported(f"the text tower of {name.text!r} is a transformers model; load it by its own name, 'hf:...'")
     source = name.rest.partition("/")[0] if not Path(name.rest).is_dir() else f"local-dir:{name.rest}"
     source = name.rest if name.rest.startswith(("hf-hub:", "local-dir:")) else source
-    with hub_errors(name.text, hub_cache()):
+    with load_errors(name.text, hub_cache()):
         tokenizer = open_clip.get_tokenizer(source, context_length=tower.context_length)
     causal = tower.attn_mask is not None and tower.pool_type in ("argmax", "eos")
     end = getattr(tokenizer, "eot_token_id", None) if causal else None

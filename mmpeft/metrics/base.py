@@ -1,6 +1,7 @@
 """Bases of the text metrics, as `torchmetrics.Metric`: they work in Lightning and give the same over ranks as on one.
 
-All text metrics share one call, `update(predictions, references, kinds=None)`, with a list of references a prediction, and
+All text metrics share one call, `update(predictions, references, kinds=None)`, with a list of references a prediction,
+and
 `compute() -> {name: scalar tensor}`. Two bases:
 
 - `PerSampleMetric`: a score a sample; the mean overall and by kind (`"exact_match"`, `"exact_match/odd_even"`).
@@ -21,7 +22,7 @@ from torch import Tensor
 from mmpeft.errors import ConfigError, require
 
 require("torchmetrics", "train")
-from torchmetrics import Metric  # noqa: E402
+from torchmetrics import Metric
 
 KIND_BYTES = 64  # longest kind
 
@@ -141,7 +142,9 @@ class CorpusMetric(Metric):
         )
         for texts, lengths, given in states:
             encoded = [text.encode() for text in given]
-            joined = torch.frombuffer(bytearray(b"".join(encoded) or b" "), dtype=torch.uint8)  # frombuffer needs a byte
+            joined = torch.frombuffer(
+                bytearray(b"".join(encoded) or b" "), dtype=torch.uint8
+            )  # frombuffer needs a byte
             lengths.append(torch.tensor([len(e) for e in encoded] or [0], device=self.device))
             texts.append(joined[: sum(map(len, encoded))].to(self.device))
         self.reference_counts.append(torch.tensor([len(texts) for texts in references], device=self.device))

@@ -1,11 +1,11 @@
 """BLEU and ROUGE-L of captions, without Java.
 
-- `CaptionBLEU` is torchmetrics' corpus BLEU on COCO's tokens, BLEU-1 to BLEU-4 at once. Equal to COCO's evaluation: clipped
-  counts, and of the references the length closest to the candidate's, the shorter on a tie.
-- `CocoRougeL` is ROUGE-L as COCO computes it: the best precision and the best recall over the references, perhaps of two
-  different ones, combined with beta = 1.2.
-- `RougeL` is torchmetrics' ROUGE-L (Google's rouge_score without stemming): the best F1 of a single reference. It is what
-  summarisation papers report; the two numbers are not comparable.
+- `CaptionBLEU` is torchmetrics' corpus BLEU on COCO's tokens, BLEU-1 to BLEU-4 at once. Equal to COCO's evaluation:
+  clipped counts, and of the references the length closest to the candidate's, the shorter on a tie.
+- `CocoRougeL` is ROUGE-L as COCO computes it: the best precision and the best recall over the references, perhaps of
+  two different ones, combined with beta = 1.2.
+- `RougeL` is torchmetrics' ROUGE-L (Google's rouge_score without stemming): the best F1 of a single reference. It is
+  what summarisation papers report; the two numbers are not comparable.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torchmetrics.text import BLEUScore  # isort: skip
 
 class CaptionBLEU(BLEUScore):
     """BLEU-1 .. BLEU-4 (Papineni et al. 2002), 0 to 1, over the whole corpus, no smoothing."""
+
+    full_state_update = False  # its states are sums; torchmetrics would count every batch twice
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(n_gram=4, **kwargs)
@@ -84,8 +86,8 @@ class CocoRougeL(PerSampleMetric):
 class RougeL(PerSampleMetric):
     """ROUGE-L of Google's rouge_score without stemming (torchmetrics' own), best reference, mean over samples.
 
-    torchmetrics' class is not used: it gathers one tensor a sample, so ranks with unequal numbers of samples would wait for
-    one another for ever.
+    torchmetrics' class is not used: it gathers one tensor a sample, so ranks with unequal numbers of samples would wait
+    for one another for ever.
     """
 
     name = "rouge_l_google"

@@ -6,7 +6,8 @@ number of images (of N) whose references hold g. Candidate c and reference r com
     sum_g min(w_c(g), w_r(g)) w_r(g) / (|w_c| |w_r|)  *  exp(-(l_c - l_r)^2 / (2 * 6^2))
 
 averaged over n and references, times 10. The length l is the number of bigrams, as in the published code. Document
-frequencies come from the references at hand: a subset scores differently from the full set, and a single image scores 0.
+frequencies come from the references at hand: a subset scores differently from the full set, and a single image scores
+0.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _ids(captions: Sequence[Sequence[str]]) -> tuple[Ints, Ints]:
 
 
 class CIDEr(CorpusMetric):
-    """CIDEr-D over all captions added, 0 to 10 (papers print it times 100); at least two images are needed to be above 0."""
+    """CIDEr-D over all captions added, 0 to 10 (papers print it times 100); a single image scores 0."""
 
     def corpus_score(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         candidates = [tokenize(p) for p in predictions]

@@ -85,8 +85,8 @@ class ANLS(PerSampleMetric):
 class YesNo(PerSampleMetric):
     """Accuracy, precision, recall and F1 with "yes" as positive, and the share of predictions that say yes (POPE).
 
-    Only the first sentence is read; it says no if it has the word "no" or "not", else yes (Li et al. 2023, arXiv:2305.10355,
-    whose reading LLaVA shares). The reference is the first of the list, "yes" or "no".
+    Only the first sentence is read; it says no if it has the word "no" or "not", else yes (Li et al. 2023,
+    arXiv:2305.10355, whose reading LLaVA shares). The reference is the first of the list, "yes" or "no".
     """
 
     name = "yes_no"

@@ -1,7 +1,8 @@
 """Penn-Treebank-like tokens for caption metrics, without Java.
 
-Caption scores (CIDEr, BLEU, ROUGE-L) are reported on the tokens of Stanford's PTBTokenizer (CoreNLP 3.4.1, lower-cased, most
-punctuation dropped), which is a Java program. These rules reproduce its output on ordinary captions; tests/metrics holds
+Caption scores (CIDEr, BLEU, ROUGE-L) are reported on the tokens of Stanford's PTBTokenizer (CoreNLP 3.4.1, lower-cased,
+most punctuation dropped), which is a Java program. These rules reproduce its output on ordinary captions; tests/metrics
+holds
 recorded output of the program, quirks included: brackets survive as -lrb- and the like, because they are lower-cased
 before the upper-case names are dropped, and so do "??" and "!!", which are not on the list of what is dropped.
 
@@ -16,23 +17,23 @@ from functools import lru_cache
 #: dropped after tokenising; a mark that is not listed (and any lower-cased bracket name) stays
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
-_ABBREVIATIONS = (
-    "mr mrs ms dr prof st jr sr vs etc ave blvd rd inc ltd co corp bros gen gov sen rep sgt capt lt col "
-    "jan feb mar apr jun jul aug sep sept oct nov dec mt ft al dept est fig approx"
-).split()
+_ABBREVIATIONS = """
+mr mrs ms dr prof st jr sr vs etc ave blvd rd inc ltd co corp bros gen gov sen rep sgt capt lt col
+jan feb mar apr jun jul aug sep sept oct nov dec mt ft al dept est fig approx
+"""
 _BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
 #: words that PTB cuts in two, and where
 _CUTS = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "lemme": 3, "gimme": 3, "'tis": 2, "'twas": 2}
 
 _LETTER = r"[^\W\d_]"
 _RULES: list[tuple[str, str]] = [
-    ("url", r"https?://\S+|www\.\S+?(?=[.,;!?]?(?:\s|$))"),
+    ("url", r"https?://\S+|www\.[^\s)]+?(?=[.,;!?)]*(?:\s|$))"),
     ("email", r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     ("handle", rf"[@#]{_LETTER}\w*"),
     ("ellipsis", r"\.{3,}|…"),
     ("acronym", rf"(?<!\w)(?:{_LETTER}\.){{2,}}"),
     ("initial", r"(?<!\w)[A-Z]\.(?=\s+\S)"),
-    ("abbreviation", rf"(?<!\w)(?:{'|'.join(_ABBREVIATIONS)})\.(?!\w)"),
+    ("abbreviation", rf"(?<!\w)(?:{'|'.join(_ABBREVIATIONS.split())})\.(?!\w)"),
     ("number", r"(?<!\w)no\.(?=\s*\d)"),
     ("archaic", r"(?<!\w)'(?:tis|twas)(?!\w)"),
     ("negated", rf"(?:{_LETTER})+?(?=n't(?!\w))|n't(?!\w)"),

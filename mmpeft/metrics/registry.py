@@ -2,7 +2,8 @@
 
 Two families, by how they are updated:
 
-- text: `update(predictions: list[str], references: list[list[str]], kinds: list[str | None] | None)`, `compute() -> dict`
+- text: `update(predictions: list[str], references: list[list[str]], kinds: list[str | None] | None)`, `compute() ->
+  dict`
 - tensor: torchmetrics' own, `update(predictions, targets)`, `compute() -> Tensor`
 """
 
@@ -75,7 +76,9 @@ def load_metric(name: str, **options: Any) -> Any:
     known = [p for p in inspect.signature(maker).parameters if p not in ("self", "cls", "kwargs")]
     for option in options:
         if option not in known and option not in _METRIC_OPTIONS:
-            raise ConfigError(f"metric {name!r} has no option {option!r}; it takes {', '.join(known)}{nearest(option, known)}")
+            raise ConfigError(
+                f"metric {name!r} has no option {option!r}; it takes {', '.join(known)}{nearest(option, known)}"
+            )
     try:
         return factory(**options)
     except (TypeError, ValueError) as error:

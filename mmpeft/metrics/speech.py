@@ -45,11 +45,15 @@ class WER(WordErrorRate):
         NameNotFound: unknown normalizer. MissingExtra: "whisper" without transformers.
     """
 
-    def __init__(self, normalizer: str = "whisper", *, spelling: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, normalizer: str = "whisper", *, spelling: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if normalizer not in NORMALIZERS:
             names = ", ".join(NORMALIZERS)
-            raise NameNotFound(f"unknown normalizer {normalizer!r}; it is one of {names}{nearest(normalizer, NORMALIZERS)}")
+            raise NameNotFound(
+                f"unknown normalizer {normalizer!r}; it is one of {names}{nearest(normalizer, NORMALIZERS)}"
+            )
         self.normalize = NORMALIZERS[normalizer](spelling or {})
 
     def update(

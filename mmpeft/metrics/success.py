@@ -1,6 +1,7 @@
 """Success rates with honest error bars, and the test whether one policy (or model) beats another on the same episodes.
 
-The interval is Wilson's (1927): unlike the normal one it stays within 0..1 and is usable at 50 of 50. Two policies run on the
+The interval is Wilson's (1927): unlike the normal one it stays within 0..1 and is usable at 50 of 50. Two policies run
+on the
 same seeds are compared episode by episode, by the exact McNemar test: only the episodes on which they differ tell.
 """
 

@@ -85,6 +85,8 @@ class ConversationEncoder:
         where, messages = _messages(conversation)
         if not answer and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
+        if not messages:
+            raise BadSample(f"{where}: there is no message to answer")
         turns, parts = self._turns(messages, where)
         media = [self._read(part, i, where) for i, part in enumerate(parts)]
         text, dividers = self._text(turns, generation=not answer, where=where)

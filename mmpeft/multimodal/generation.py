@@ -17,6 +17,7 @@ from torch import Tensor
 from mmpeft.errors import ConfigError
 from mmpeft.multimodal.collate import Batch, collate
 from mmpeft.multimodal.language_model import evaluating
+from mmpeft.multimodal.rows import rows_of
 from mmpeft.multimodal.sample import Sample
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def generate(model: MultimodalLM, samples: Sequence[Sample], options: Options, *
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = to_device(collate([samples[i] for i in chosen], padding="left"), model.llm.device)
-        ids = generate_ids(model, batch, options)
+        with rows_of(model, chosen):
+            ids = generate_ids(model, batch, options)
         for i, text in zip(chosen, model.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
     return texts
@@ -101,9 +103,11 @@ def generate_ids(model: MultimodalLM, batch: Batch, options: Options) -> Tensor:
     config = options.config(stop=stop, pad=stop[0])
     llm: Any = model.llm
     with evaluating(model):
-        ids: Tensor = llm.generate(
-            inputs_embeds=model.embed(batch), attention_mask=batch["attention_mask"].long(), generation_config=config
-        )
+        embeds = model.embed(batch)
+        with rows_of(model, [i for i in range(embeds.shape[0]) for _ in range(options.num_beams)]):
+            ids: Tensor = llm.generate(
+                inputs_embeds=embeds, attention_mask=batch["attention_mask"].long(), generation_config=config
+            )
     return ids
 
 

@@ -14,7 +14,7 @@ tokens take the places of the placeholders, the decoder runs, and the head sees 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from mmpeft.multimodal.collate import Batch, MediaGroup, collate
 from mmpeft.multimodal.conversation import Conversation, ConversationEncoder
 from mmpeft.multimodal.language_model import find_decoder, head_logits, logit_rules, verify_packing
 from mmpeft.multimodal.parts import make_connectors, make_encoder, make_reader
+from mmpeft.multimodal.rows import rows_of
 from mmpeft.multimodal.sample import Sample
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class MultimodalLM(nn.Module):
         language_model: Any = self.llm
         embedding: Tensor = language_model.get_input_embeddings().weight.detach()
         widths = {m: encoder.dim for m, encoder in encoders.items()} | ({} if state is None else {"state": state})
-        connectors = make_connectors(connector, widths, embedding.shape[1], float(embedding.float().std()))
+        connectors = make_connectors(connector, widths, embedding)
         self.encoders, self.connectors = nn.ModuleDict(encoders), nn.ModuleDict(connectors)
         self._logit_rules = logit_rules(self.llm)
         self._packing_verified = False
@@ -121,6 +122,26 @@ class MultimodalLM(nn.Module):
     ) -> Batch:
         """Samples to a Batch: padded, or with `row_length` packed. See `collate`."""
         return collate(samples, padding=padding, row_length=row_length, max_media=max_media)
+
+    def example_inputs(self) -> tuple[Batch]:
+        """The arguments of a small forward with every input the model has: two samples, random media, short texts.
+
+        `mmpeft.attach` and `mmpeft.inspect` run it to prove that each site is alive.
+        """
+        generator = torch.Generator().manual_seed(0)
+        readers = self.conversations.readers
+        media: dict[str, Callable[[], Any]] = {
+            "image": lambda: torch.randint(256, (64, 64, 3), generator=generator).to(torch.uint8).numpy(),
+            "audio": lambda: torch.randn(16_000, generator=generator).numpy(),
+            "state": lambda: torch.randn(readers["state"].width, generator=generator),
+        }
+        samples = []
+        for answer in ("yes", "no, it is not"):
+            parts = [{"type": m, m: media[m]()} for m in readers]
+            question = {"role": "user", "content": [*parts, {"type": "text", "text": "Is it?"}]}
+            samples.append(self.encode([question, {"role": "assistant", "content": answer}]))
+        batch: Batch = generation.to_device(self.collate(samples), self.llm.device)
+        return (batch,)
 
     def expand_rows(self, rows: Sequence[Any], batch: Batch) -> dict[str, list[Any]]:
         """One entry a sample to one entry a medium, by modality, in the order in which its encoder sees the media.
@@ -193,9 +214,10 @@ class MultimodalLM(nn.Module):
     def _media_tokens(self, modality: str, group: MediaGroup, sample_ids: Sequence[str]) -> Tensor:
         """A group of media through encoder and connector: [sum of counts, D], checked against the promised counts."""
         tokens, mask = group["x"], group["mask"]
-        if not group["encoded"]:
-            tokens, mask = self.encoders[modality](tokens, mask)
-        out, valid = self.connectors[modality](tokens, mask)  # [n, Q, D], [n, Q] or None
+        with rows_of(self, group["samples"]):
+            if not group["encoded"]:
+                tokens, mask = self.encoders[modality](tokens, mask)
+            out, valid = self.connectors[modality](tokens, mask)  # [n, Q, D], [n, Q] or None
         given = [out.shape[1]] * out.shape[0] if valid is None else valid.sum(1).tolist()
         wrong = [(n, m, sample_ids[i]) for n, m, i in zip(given, group["counts"], group["samples"], strict=True) if n != m]
         if wrong:
@@ -219,7 +241,7 @@ class MultimodalLM(nn.Module):
         for modality in set(self.connectors) - set(batch["media"]):
             parts = [self.connectors[modality], *([self.encoders[modality]] if modality in self.encoders else [])]
             parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
-            if 0: zero = zero + sum((0.0 * p.float().sum() for p in parameters), start=0.0)
+            zero = zero + sum((0.0 * p.float().sum() for p in parameters), start=0.0)
         return zero
 
     # ---- text out -------------------------------------------------------------------------------------------------

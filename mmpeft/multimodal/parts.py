@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mmpeft.connectors import MLP, Connector
 from mmpeft.encoders import Encoder, load_encoder
 from mmpeft.errors import ConfigError, nearest
@@ -22,9 +24,9 @@ def make_encoder(modality: str, given: str | Mapping[str, Any] | Encoder) -> Enc
 
 
 def make_connectors(
-    given: Connector | Mapping[str, Connector] | None, widths: Mapping[str, int], dim: int, std: float
+    given: Connector | Mapping[str, Connector] | None, widths: Mapping[str, int], embedding: Tensor
 ) -> dict[str, Connector]:
-    """One built connector for every modality; an output norm of a new one starts at the embeddings' scale."""
+    """One built connector for every modality; an output norm of a new one starts at the scale of the embeddings [V, D]."""
     if isinstance(given, Mapping):
         for name in given:
             if name not in widths:
@@ -39,9 +41,9 @@ def make_connectors(
         one = given.get(modality) if isinstance(given, Mapping) else given
         connector = MLP(depth=2) if one is None else copy.deepcopy(one) if len(widths) > 1 and not one.built else one
         new = not connector.built
-        connectors[modality] = connector.build(width, dim)
-        if new and connector.output_norm is not None:
-            connector.set_output_std(std)
+        connectors[modality] = connector.build(width, embedding.shape[1])
+        if new and connector.output_norm is not None and not embedding.is_meta:
+            connector.set_output_std(float(embedding.float().std()))
     return connectors
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmpeft.adapters import attach, check_distributed, inspect, parameter_groups
+from mmpeft.adapters import attach, check_distributed, inspect, load, parameter_groups
 from mmpeft.adapters.plan import Plan
 from mmpeft.adapters.state import SLOT, find_state, slots
 from mmpeft.errors import ConfigError, FileFormatError, Unsupported, nearest, require
@@ -48,15 +48,19 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
         final_lr: what is left of the peak learning rate at the end.
         adapter: name of the adapter.
         optimizer: another optimizer: called with the parameter groups, each of which brings its lr and weight decay.
+        start_from: folder of a saved adapter, loaded instead of attaching `plan`: to go on training or to evaluate it.
+
+    Attributes:
+        recipe: the config that built `model`, where the command line did; `AdapterCheckpoint` keeps it with the adapter.
 
     Raises:
-        ConfigError: values out of range, or no plan and no adapter.
+        ConfigError: values out of range, or neither plan nor adapter.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        plan: Any,
+        plan: Any = None,
         *,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -66,29 +70,33 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
         final_lr: float = 0.01,
         adapter: str = "default",
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if lr <= 0:
             raise ConfigError(f"lr must be positive, given {lr}")
-        if plan is None and find_state(model) is None:
-            raise ConfigError("plan is None and the model has no adapter: there is nothing to train")
+        if plan is None and start_from is None and find_state(model) is None:
+            raise ConfigError("no plan, no start_from and no adapter on the model: there is nothing to train or evaluate")
         check_schedule(warmup, schedule, final_lr)
         self.model = model
         self.plan = None if plan is None else Plan.read(plan)
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup, self.schedule, self.final_lr = warmup, schedule, final_lr
-        self.adapter, self.make_optimizer = adapter, optimizer
+        self.adapter, self.make_optimizer, self.start_from = adapter, optimizer, start_from
         self.strict_loading = False  # Lightning's check knows no frozen weights; `on_load_checkpoint` has its own
         self.total_steps: int | None = None  # fixed by the trainer or by BudgetedSteps; the schedule follows it
-        self.recipe: dict[str, Any] | None = None  # the config that built `model`, filled in by the command line
+        self.recipe: dict[str, Any] | None = None
         self._window = _Window()
 
     # ---- adapting --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         state = find_state(self.model)
-        if self.plan is not None and (state is None or self.adapter not in state.entries):
-            attach(self.model, self.plan, self.adapter)
+        if state is None or self.adapter not in state.entries:
+            if self.start_from is not None:
+                load(self.model, self.start_from, self.adapter)
+            elif self.plan is not None:
+                attach(self.model, self.plan, self.adapter)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 

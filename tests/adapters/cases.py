@@ -231,11 +231,22 @@ def grid(methods=METHODS, sites=SITES) -> list[tuple[str, SiteCase]]:
     ]
 
 
+def base_output(model: nn.Module, x: Tensor) -> Tensor:
+    """The plain model's output, its parameters frozen (torch picks other kernels, with other rounding, for trained ones)."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    with torch.no_grad():
+        for p, _ in flags:
+            p.requires_grad_(False)
+        y = model(x).clone()
+    for p, flag in flags:
+        p.requires_grad_(flag)
+    return y
+
+
 def build(site: SiteCase, method: str, name: str = "a") -> tuple[nn.Module, Tensor, Tensor]:
     """(adapted model, input, base output) with fresh weights; the adapter is still the identity."""
     model, x = site.make().eval(), site.data()
-    with torch.no_grad():
-        base = model(x).clone()
+    base = base_output(model, x)
     mmpeft.attach(model, {site.match: METHODS[method]}, name=name, example=x)
     return model, x, base
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from cases import METHODS, SITES, assert_same_object, build, close, deltas, fill, grid, snapshot
+from cases import METHODS, SITES, assert_same_object, base_output, build, close, deltas, fill, grid, snapshot
 
 import mmpeft
 from mmpeft.adapters import forward as forward_module
@@ -50,8 +50,7 @@ def test_effect_and_gradient_in_every_mode(method, site):
 @GRID
 def test_merge_disable_unmerge_detach(method, site):
     model, x = site.make().eval(), site.data()
-    with torch.no_grad():
-        base = model(x).clone()
+    base = base_output(model, x)
     before = snapshot(model)
     mmpeft.attach(model, {site.match: METHODS[method]}, name="a", example=x)
     fill(model)
@@ -78,7 +77,10 @@ def test_copies_and_base_checkpoint(method, site):
     fill(model)
     with torch.no_grad():
         y = model(x)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copies = [copy.deepcopy(model)]
+        if site.name != "weight-norm-new":  # torch itself refuses to pickle parametrised modules
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for other in copies:
             assert torch.equal(other(x), y)
             with mmpeft.use(other, None):
                 assert not close(other(x), y, 1e-3)

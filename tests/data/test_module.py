@@ -167,7 +167,7 @@ def test_bad_samples_are_skipped_counted_and_logged(tmp_path, caplog, workers):
 
 def test_a_wholly_bad_batch_is_replaced_in_training_and_left_out_in_evaluation():
     bad = {i: BadSample(f"sample {i}: corrupt") for i in range(4)}
-    options = dict(batch_size=1, on_bad="skip")
+    options = {"batch_size": 1, "on_bad": "skip"}
     train = Loader(Toy(6, bad), ToyProcessor(), train=True, **options)
     assert [b["ids"][0] for b in train] == [4, 4, 4, 4, 4, 5] and len(train.bad) == 4
     assert [b["ids"][0] for b in Loader(Toy(6, bad), ToyProcessor(), train=False, **options)] == [4, 5]
@@ -260,8 +260,8 @@ data:
 """
     )
     cli = LightningCLI(
-        ToyTask, pl.LightningDataModule, subclass_mode_data=True, run=False, args=["--config", str(tmp_path / "c.yaml")],
-        save_config_callback=None,
+        ToyTask, pl.LightningDataModule, subclass_mode_data=True, run=False, args=["--config", str(tmp_path /
+        "c.yaml")], save_config_callback=None,
     )  # fmt: skip
     data = cli.datamodule
     assert isinstance(data, DataModule) and (len(data.datasets["train"]), len(data.datasets["val"])) == (40, 17)

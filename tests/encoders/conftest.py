@@ -34,7 +34,12 @@ def tokenizer():
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", bos_token="<s>", model_max_length=24
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="</s>",
+        bos_token="<s>",
+        model_max_length=24,
     )
 
 
@@ -55,17 +60,22 @@ def hf_vision(models: Path) -> dict[str, str]:
     text = {**small, "vocab_size": 20, "max_position_embeddings": 12}
     clip = t.CLIPModel(t.CLIPConfig(text_config={**text, "eos_token_id": 5}, vision_config=image, projection_dim=16))
     siglip = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=image))
-    dino = t.Dinov2Model(t.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8))
-    vit = t.ViTModel(t.ViTConfig(**image), add_pooling_layer=False)
-    resnet = t.ResNetModel(
-        t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    dino = t.Dinov2Model(
+        t.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
     )
+    vit = t.ViTModel(t.ViTConfig(**image), add_pooling_layer=False)
+    resnet = t.ResNetModel(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
     crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     square = {"size": {"height": 32, "width": 32}}
     return {
         "clip": _vision(models, "clip", clip, t.CLIPImageProcessor(**crop)),
         "siglip": _vision(models, "siglip", siglip, t.SiglipImageProcessor(**square)),
-        "dinov2": _vision(models, "dinov2", dino, t.BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})),
+        "dinov2": _vision(
+            models,
+            "dinov2",
+            dino,
+            t.BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+        ),
         "vit": _vision(models, "vit", vit, t.ViTImageProcessor(**square)),
         "resnet": _vision(models, "resnet", resnet, t.ViTImageProcessor(**square)),
     }
@@ -84,7 +94,9 @@ def hf_audio(models: Path) -> dict[str, str]:
     }  # fmt: skip
     made = {
         "wav2vec2": t.Wav2Vec2Model(t.Wav2Vec2Config(**wave)),
-        "wav2vec2-layer": t.Wav2Vec2Model(t.Wav2Vec2Config(**wave, feat_extract_norm="layer", do_stable_layer_norm=True)),
+        "wav2vec2-layer": t.Wav2Vec2Model(
+            t.Wav2Vec2Config(**wave, feat_extract_norm="layer", do_stable_layer_norm=True)
+        ),
         "hubert": t.HubertModel(t.HubertConfig(**wave)),
         "wavlm": t.WavLMModel(t.WavLMConfig(**wave, num_buckets=32)),
         "data2vec": t.Data2VecAudioModel(t.Data2VecAudioConfig(**wave, conv_pos_kernel_size=5)),
@@ -109,11 +121,19 @@ def hf_text(models: Path, tokenizer) -> dict[str, str]:
     import transformers as t
 
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 20}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 20,
+    }
     made = {
         "bert": t.BertModel(t.BertConfig(**small, max_position_embeddings=16, pad_token_id=1)),
         "roberta": t.RobertaForMaskedLM(t.RobertaConfig(**small, max_position_embeddings=18, pad_token_id=1)),
-        "t5": t.T5Model(t.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=20, pad_token_id=1)),
+        "t5": t.T5Model(
+            t.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=20, pad_token_id=1)
+        ),
         "gpt2": t.GPT2Model(t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=16, vocab_size=20)),
     }
     for name, model in made.items():

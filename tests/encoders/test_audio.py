@@ -72,7 +72,11 @@ def test_tokens_and_masks_have_the_real_lengths(name: str, layer: int, make) -> 
 def test_num_tokens_of_every_length(name: str, make) -> None:
     encoder = make(name)
     for samples in (401, 799, 800, 801, 1023, 3200):
-        assert encoder(torch.randn(2, samples))[0].shape[1] == encoder.num_tokens(samples) == encoder.num_tokens((samples,))
+        assert (
+            encoder(torch.randn(2, samples))[0].shape[1]
+            == encoder.num_tokens(samples)
+            == encoder.num_tokens((samples,))
+        )
 
 
 @pytest.mark.parametrize("name", WAVE)

@@ -31,7 +31,9 @@ NAMES = ["clip", "siglip", "dinov2", "vit", "resnet", "timm", "open_clip", "open
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", [{}, {"drop_class_token": False}, {"layer": -2}, {"pool": (2, 1)}], ids=str)
-def test_num_tokens_is_what_forward_gives(name: str, options: dict, folders: dict[str, str], picture: Image.Image) -> None:
+def test_num_tokens_is_what_forward_gives(
+    name: str, options: dict, folders: dict[str, str], picture: Image.Image
+) -> None:
     encoder = load_encoder(folders[name], image_size=64, **options)
     pixels = torch.stack([encoder.preprocess(picture)] * 3)
     assert pixels.shape == (3, 3, 64, 64)

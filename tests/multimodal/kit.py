@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,6 +44,22 @@ def build_tokenizer():
     )  # fmt: skip
     fast.add_special_tokens({"additional_special_tokens": ["<|marker|>"]})
     fast.chat_template = CHATML
+    return fast
+
+
+def build_metaspace_tokenizer(scheme: str, template: str):
+    """Byte-fallback BPE over words that begin with a space mark, with bos, eos and unk."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    core.train_from_iterator([*CORPUS, "[INST] / [/INST]"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "{{ bos_token }}" + template
     return fast
 
 
@@ -90,13 +107,13 @@ class StubImage(Encoder):
     modality = "image"
 
     def __init__(self, dim: int = 12) -> None:
-        super().__init__(nn.Conv2d(3, dim, 8, stride=8), name="stub:image", dim=dim, preprocess=read_image)
+        super().__init__(nn.Linear(3 * 64, dim), name="stub:image", dim=dim, preprocess=read_image)
 
     def num_tokens(self, shape) -> int:
         return (shape[-2] // 8) * (shape[-1] // 8)
 
     def forward(self, x, mask=None):
-        return self.backbone(x).flatten(2).transpose(1, 2), None
+        return self.backbone(nn.functional.unfold(x, 8, stride=8).transpose(1, 2)), None
 
     def config(self):
         return {}
@@ -123,13 +140,16 @@ class StubAudio(Encoder):
 
 
 def read_image(raw):
+    """[3, H, W] floats as they are, or uint8 [H, W, 3]."""
+    if isinstance(raw, np.ndarray) and raw.dtype == np.uint8:
+        return torch.from_numpy(raw).permute(2, 0, 1) / 255
     if not isinstance(raw, torch.Tensor) or raw.dim() != 3:
         raise ValueError(f"not an image: {raw!r:.40}")
     return raw
 
 
 def read_audio(raw):
-    return raw[0] if isinstance(raw, tuple) else raw
+    return torch.as_tensor(raw[0] if isinstance(raw, tuple) else raw)
 
 
 def build_model(kind: str, tokenizer, *, llm_changes=None, **options) -> MultimodalLM:

@@ -8,7 +8,7 @@ from mmpeft.multimodal import MultimodalLM
 from mmpeft.multimodal.chat_template import TEMPLATES, ChatTemplate
 from mmpeft.multimodal.sample import IGNORE, MODALITIES
 
-from .kit import CHATML, build_llm, build_model, conversations, image, picture
+from .kit import CHATML, StubImage, build_llm, build_metaspace_tokenizer, build_model, conversations, image, picture
 from .kit import ask as question
 from .kit import text as words
 
@@ -112,8 +112,24 @@ def test_a_trimming_template_is_followed_and_the_space_before_an_answer_is_train
     sample = model.encode([{"role": "user", "content": " Which? "}, {"role": "assistant", "content": " 7\n"}])
     assert model.tokenizer.decode(sample.input_ids) == "[INST] Which? [/INST] 7 <|im_end|>"
     assert supervised(model, sample) == " 7 <|im_end|>"
+    with pytest.raises(BadSample, match="no message to answer"):
+        model.encode([{"role": "assistant", "content": "7"}], answer=False)
     with pytest.raises(BadSample, match="no system role"):
         model.encode([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], answer=False)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_tokenizers_that_mark_word_beginnings_keep_the_prompts_tokens(scheme):
+    """Llama 2 and Mistral kind: spaces are part of tokens, and a space may be put in front of every stretch of text."""
+    model = MultimodalLM(build_llm("llama", build_metaspace_tokenizer(scheme, TRIMMING)), image=StubImage())
+    conversation = question(words("Is"), image(1), words("this?"), answer="It is 7, not 12.")
+    sample, prompt = model.encode(conversation), model.encode(conversation, answer=False)
+    assert torch.equal(sample.input_ids[: len(prompt)], prompt.input_ids)
+    assert int((sample.modality_ids == 1).sum()) == 4
+    assert supervised(model, sample).lstrip() == "It is 7, not 12. </s>"
+    turns = [{"role": "user", "content": "Is this?"}, {"role": "assistant", "content": "It is 7, not 12."}]
+    natural = model.tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert model.encode(turns).input_ids.tolist() == natural
 
 
 def test_answer_that_begins_with_template_like_text_keeps_the_prompts_tokens(model):

@@ -8,7 +8,7 @@ from mmpeft.multimodal.generation import Options, generate_ids
 
 from .kit import ask, build_model, conversations, image, text
 
-ARCHITECTURES = ["llama", "gpt2", "gemma2"]
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "gemma2", "opt", "bloom"]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmpeft.connectors import MLP, Linear
+from mmpeft.encoders import LLM
 from mmpeft.errors import BadSample, ConfigError, Unsupported
 from mmpeft.multimodal import MultimodalLM, global_mean
 from mmpeft.multimodal.language_model import LogitRules, logit_rules, verify_packing
@@ -263,3 +264,30 @@ def test_deepcopy_and_pickle_keep_the_loss(model):
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert torch.equal(twin(batch).loss_sum, expected)
         assert torch.equal(twin.encode(conversations()[1]).input_ids, model.encode(conversations()[1]).input_ids)
+
+
+def test_on_meta_the_model_has_its_shapes_and_no_storage(tokenizer):
+    llm = build_llm("llama", tokenizer)
+    with torch.device("meta"):
+        model = MultimodalLM(
+            LLM(type(llm.model)(llm.model.config), tokenizer, "meta"), image=StubImage(), connector=MLP(output_norm=True)
+        )
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_options_parse_from_yaml_by_class_path():
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MultimodalLM, "model")
+    arguments = {
+        "llm": "package:some-llm", "image": {"name": "package:some-encoder", "image_size": 64, "pool": [2, 2]},
+        "connector": {"image": {"class_path": "mmpeft.connectors.MLP", "init_args": {"depth": 3}}}, "state": 7,
+        "dtype": "bfloat16", "chat_template": "chatml",
+    }  # fmt: skip
+    parsed = parser.parse_object({"model": {"class_path": "mmpeft.multimodal.MultimodalLM", "init_args": arguments}})
+    given = parsed.model.init_args
+    assert given.image == arguments["image"] and given.connector["image"].init_args.depth == 3 and given.state == 7
+    with pytest.raises(jsonargparse.ArgumentError, match="chat_templat"):
+        parser.parse_object(
+            {"model": {"class_path": "mmpeft.multimodal.MultimodalLM", "init_args": {"llm": "x", "chat_templat": "y"}}}
+        )

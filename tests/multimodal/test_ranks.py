@@ -1,5 +1,6 @@
 """Two ranks with unequal token counts, one of them without any image, give the gradients of one."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from mmpeft.multimodal import global_mean
 
 from .kit import ask, build_model, image, text
 
+LIMIT = datetime.timedelta(seconds=60)
 CHILD = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -28,7 +30,8 @@ def parts(model):
 
 def run_rank(rank, tokenizer, folder):
     """One step of one rank; leaves its loss and gradients in the folder."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=LIMIT)
     model = build_model("llama", tokenizer, audio=None, state=None)
     batch = model.collate(parts(model)[rank])
     counts = [None, None]

@@ -1,0 +1,44 @@
+"""Lightning tasks and callbacks: generation (questions, captions, speech), classification and regression.
+
+    trainer = lightning.Trainer(max_epochs=1, callbacks=[AdapterCheckpoint("runs/pets")])
+    trainer.fit(GenerationTask(model, plan), datamodule=data)
+
+Loaded by name, so that importing one does not import the libraries of all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmpeft.tasks.base import AdapterTask as AdapterTask
+    from mmpeft.tasks.budget import BudgetedSteps as BudgetedSteps
+    from mmpeft.tasks.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from mmpeft.tasks.classification import ClassificationTask as ClassificationTask
+    from mmpeft.tasks.classification import EncoderClassifier as EncoderClassifier
+    from mmpeft.tasks.datasets import DigitLabels as DigitLabels
+    from mmpeft.tasks.datasets import Docstrings as Docstrings
+    from mmpeft.tasks.datasets import LabelledLines as LabelledLines
+    from mmpeft.tasks.generation import GenerationTask as GenerationTask
+    from mmpeft.tasks.question_report import QuestionReport as QuestionReport
+
+_LAZY = {
+    "AdapterTask": "base",
+    "GenerationTask": "generation",
+    "ClassificationTask": "classification",
+    "EncoderClassifier": "classification",
+    "AdapterCheckpoint": "callbacks",
+    "BudgetedSteps": "budget",
+    "QuestionReport": "question_report",
+    "DigitLabels": "datasets",
+    "Docstrings": "datasets",
+    "LabelledLines": "datasets",
+}
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,84 @@
+"""The frozen prefix, cached: every image and sound of the datasets goes through its frozen encoder once.
+
+`CachedProcessor` is the data module's processor of a `GenerationTask` with a feature cache: it replaces each medium of a
+conversation by its tokens {"features": [T, d_v]} out of a `FeatureCache`, keyed by content. A medium that is not there
+(one that a reader makes anew each time) is encoded by the model as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpeft.data.processor import ConversationProcessor
+from mmpeft.data.samples import Sample, media_parts
+from mmpeft.encoders.cache import FeatureCache, content_id
+from mmpeft.errors import BadSample, ConfigError
+from mmpeft.multimodal import MultimodalLM
+
+CALIBRATION_SAMPLES = 2048  # enough for a mean and a deviation of each channel
+
+
+def fill_caches(model: MultimodalLM, datasets: Iterable[Any], folder: str | Path) -> dict[str, FeatureCache]:
+    """Encode every medium of the datasets that is not on disk yet.
+
+    Samples that cannot be read are left to the loader, which refuses or skips them by name.
+
+    Returns:
+        A cache for each modality of the model.
+
+    Raises:
+        ConfigError: the model has no encoder, or one whose tokens change in training.
+    """
+    if not len(model.encoders):
+        raise ConfigError("feature_cache: the model has no encoder whose features could be cached")
+    raws: dict[str, dict[str, Any]] = {modality: {} for modality in model.encoders}
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            try:
+                for part in media_parts(dataset[index]):
+                    if part["type"] in raws and part["type"] in part:
+                        raw = part[part["type"]]
+                        raws[part["type"]].setdefault(content_id(raw), raw)
+            except (BadSample, OSError):
+                continue
+    caches = {}
+    for modality, encoder in model.encoders.items():
+        caches[modality] = FeatureCache(encoder, Path(folder))  # type: ignore[arg-type]
+        caches[modality].fill(list(raws[modality].items()))
+    return caches
+
+
+def calibrate_connectors(model: MultimodalLM, caches: Mapping[str, FeatureCache]) -> None:
+    """Start each connector from standardised channels, measured on cached tokens; see `Connector.calibrate`."""
+    for modality, cache in caches.items():
+        tokens = [cache[key] for key in list(cache)[:CALIBRATION_SAMPLES]]
+        model.connectors[modality].calibrate(torch.cat(tokens))  # type: ignore[operator]
+
+
+class CachedProcessor(ConversationProcessor):
+    """Conversations whose media are replaced by their cached tokens."""
+
+    def __init__(self, model: MultimodalLM, caches: Mapping[str, FeatureCache]) -> None:
+        super().__init__(model)
+        self.caches = dict(caches)
+
+    def encode(self, sample: Sample, *, train: bool) -> tuple[Any, Any, Any]:
+        encoded, prompt, given = super().encode({**sample, "messages": self._messages(sample)}, train=train)
+        return encoded, prompt, given if train else sample
+
+    def _messages(self, sample: Sample) -> list[dict[str, Any]]:
+        return [
+            {**m, "content": m["content"] if isinstance(m["content"], str) else [self._part(p) for p in m["content"]]}
+            for m in sample["messages"]
+        ]
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        cache = self.caches.get(part["type"])
+        if cache is None or part["type"] not in part:
+            return part
+        key = content_id(part[part["type"]])
+        return {"type": part["type"], "features": cache[key]} if key in cache else part
