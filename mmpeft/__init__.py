@@ -8,32 +8,69 @@
 Importing mmpeft imports torch and nothing heavier.
 """
 
+import importlib
+from typing import Any
+
 from mmpeft.adapters import (
+    BOFT,
+    C3A,
+    DID,
+    HRA,
     IA3,
+    OFT,
+    RED,
+    SAID,
+    SSF,
+    SURM,
+    VPT,
     AdaptFormer,
     BitFit,
     Bottleneck,
+    Compacter,
+    DeLoRA,
     Delta,
+    DeltaLoRA,
     DoRA,
     Factors,
+    FacTTK,
+    FacTTT,
+    FourierFT,
     Full,
+    GraLoRA,
+    HeadScaling,
+    HiRA,
     Inspection,
+    KAdaptation,
+    KernelMix,
+    KronA,
     LayerNormTuning,
+    LoFiT,
+    LoHa,
+    LoKr,
     LoRA,
+    LoRAFA,
+    LoRAXS,
     Method,
+    MiSS,
+    MoSLoRA,
+    PHMAdapter,
     Plan,
     PromptTuning,
+    Propulsion,
+    RandLoRA,
     RoCoFT,
+    RoseLoRA,
     Rule,
-    VPT,
     VeRA,
     active,
     attach,
     bare,
+    begin_delta_lora,
     check_distributed,
     detach,
     inspect,
     load,
+    lofit_plan,
     merge,
     parameter_groups,
     read_metadata,
@@ -43,5 +80,18 @@ from mmpeft.adapters import (
     unmerge,
     use,
 )
+from mmpeft.errors import nearest
 
 __version__ = "0.1.0"
+
+# What needs more than torch loads when it is first asked for.
+_LAZY = {"MultimodalLM": "mmpeft.multimodal", "export_peft": "mmpeft.adapters.peft_export"}
+_PARTS = ("connectors", "data", "encoders", "kernels", "metrics", "multimodal", "tasks")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _PARTS:
+        return importlib.import_module(f"mmpeft.{name}")
+    raise AttributeError(f"module 'mmpeft' has no attribute {name!r}{nearest(name, [*globals(), *_LAZY, *_PARTS])}")

@@ -1,14 +1,34 @@
 """The adapter engine: sites, plans, attaching, switching, merging, files; and the methods, one file a family."""
 
+from mmpeft.adapters.activation import RED, SSF, HeadScaling, LoFiT, Propulsion, lofit_plan
 from mmpeft.adapters.attach import attach, bare, detach
+from mmpeft.adapters.blocks import GraLoRA, MiSS
 from mmpeft.adapters.bottleneck import AdaptFormer, Bottleneck
+from mmpeft.adapters.circulant import C3A, SURM, FourierFT
+from mmpeft.adapters.fact import FacTTK, FacTTT
+from mmpeft.adapters.hadamard import HiRA, LoHa
 from mmpeft.adapters.inspect import Inspection, inspect
+from mmpeft.adapters.kronecker import KAdaptation, KronA, LoKr
 from mmpeft.adapters.lora import DoRA, LoRA, VeRA
+from mmpeft.adapters.lora_kin import (
+    DeLoRA,
+    DeltaLoRA,
+    KernelMix,
+    LoRAFA,
+    LoRAXS,
+    MoSLoRA,
+    RandLoRA,
+    RoseLoRA,
+    begin_delta_lora,
+)
 from mmpeft.adapters.method import Delta, Factors, Method
+from mmpeft.adapters.orthogonal import BOFT, HRA, OFT
+from mmpeft.adapters.phm import Compacter, PHMAdapter
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.scaling import IA3
 from mmpeft.adapters.selective import BitFit, Full, LayerNormTuning, RoCoFT
 from mmpeft.adapters.store import load, read_metadata, save
+from mmpeft.adapters.subspace import DID, SAID
 from mmpeft.adapters.switch import (
     active,
     check_distributed,

@@ -15,6 +15,7 @@ from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.example import defer, example_of, forget
 from mmpeft.adapters.liveness import as_call, prove
 from mmpeft.adapters.method import Context, Delta
+from mmpeft.adapters.pattern import select
 from mmpeft.adapters.plan import Plan, PlanLike, Target, resolve
 from mmpeft.adapters.site import slice_rows
 from mmpeft.adapters.slot import Slot
@@ -78,14 +79,12 @@ def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: 
 
 def full_paths(model: nn.Module, plan: Plan) -> set[str]:
     """Paths of the modules that `full` rules train whole."""
-    from mmpeft.adapters.pattern import select
-
     modules = [p for p, _ in model.named_modules() if SLOT not in p.split(".")][1:]
     found: set[str] = set()
     for rule in plan.rules:
         if rule.train == "full":
             params = [p for p, _ in model.named_parameters() if SLOT not in p.split(".")]
-            hits = [("", ())] if rule.match == "." else select(rule.match, [*modules, *params])
+            hits = [("", ())] if rule.match == "." else select(rule.match, modules, params)
             found |= {path for path, _ in hits if path in modules or path == ""}
     return found
 

@@ -1,7 +1,7 @@
 """Low-rank updates with block structure.
 
-    GraLoRA  Jung et al. 2025, arXiv 2505.20355: the matrix in k x k blocks, each with its own pair of rank rank / k.
-    MiSS     Kang and Yin 2024, arXiv 2409.15371 (formerly Bone): one shard [out, rank] repeated along the input.
+GraLoRA  Jung et al. 2025, arXiv 2505.20355: the matrix in k x k blocks, each with its own pair of rank rank / k.
+MiSS     Kang and Yin 2024, arXiv 2409.15371 (formerly Bone): one shard [out, rank] repeated along the input.
 """
 
 from __future__ import annotations

@@ -105,6 +105,20 @@ def _open_clip(model: Any) -> Any:
     return {"image": image, "text": text}
 
 
+def _pixels(vision: Any) -> dict[str, Tensor]:
+    size, channels, patches = (getattr(vision, n, None) for n in ("image_size", "num_channels", "num_patches"))
+    if size is not None:
+        return {"pixel_values": _draw(BATCH, channels or 3, *_pair(size))}
+    if patches is None:
+        return {}
+    n = 4 if patches >= 4 else 1  # SigLIP2 takes patches of any aspect: 2 x 2 of them and as many of padding
+    return {
+        "pixel_values": _draw(BATCH, min(2 * n, patches), (channels or 3) * vision.patch_size**2),
+        "pixel_attention_mask": (torch.arange(min(2 * n, patches)) < n).long().expand(BATCH, -1),
+        "spatial_shapes": torch.full((BATCH, 2), int(n**0.5)),
+    }
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
 
@@ -116,10 +130,9 @@ def _transformers(model: Any) -> Any:
     made: dict[str, Tensor] = {}
     main = getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values" or (hasattr(config, "vision_config") and hasattr(config, "text_config")):
-        size = getattr(vision, "image_size", None)
-        if size is None:
+        made |= _pixels(vision)
+        if not made:
             return None
-        made["pixel_values"] = _draw(BATCH, getattr(vision, "num_channels", 3), *_pair(size))
     if main == "input_ids":
         made["input_ids"] = _ids(min(text.vocab_size, 1000), BATCH, 6)
     elif main == "input_features":

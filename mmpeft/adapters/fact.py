@@ -62,7 +62,9 @@ class FacTTT(LowRank, name="fact-tt", aliases=("fact",)):
         assert base is not None
         d = gcd(*(side for s in context.sites for side in s.shape))
         if d < self.rank:
-            raise ConfigError(f"{self.name} of rank {self.rank}: the sides of the rule's sites share only the divisor {d}")
+            raise ConfigError(
+                f"{self.name} of rank {self.rank}: the sides of the rule's sites share only the divisor {d}"
+            )
         own = self.own((base.shape[0] // d, base.shape[1] // d), base)
         key = (self.name, self.rank, d)
         if key in context.shared:

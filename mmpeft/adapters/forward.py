@@ -235,7 +235,7 @@ _HF_CONV1D = Op(_hf_conv1d, _rank_linear, _rank_linear, mixes=True)
 _CONV = Op(_conv, _conv_shrink, _conv_expand, axis=1, scales=False, fits=lambda m: m.groups == 1)
 _EMBEDDING = Op(
     _embedding,
-    lambda m, ids, A: F.embedding(ids, A.mT),
+    lambda m, ids, A: F.embedding(ids, A.mT, m.padding_idx),
     _rank_linear,
     scales=False,
     drops=False,

@@ -1,7 +1,7 @@
 """Updates made of elementwise products.
 
-    LoHa   Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, after FedPara, 2108.06098: (B1 A1) * (B2 A2), of rank up to rank^2.
-    HiRA   Huang et al. 2025 (ICLR): W * (B A), whose rank is up to rank(W) * rank.
+LoHa   Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, after FedPara, 2108.06098: (B1 A1) * (B2 A2), of rank up to rank^2.
+HiRA   Huang et al. 2025 (ICLR): W * (B A), whose rank is up to rank(W) * rank.
 """
 
 from __future__ import annotations

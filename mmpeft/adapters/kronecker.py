@@ -53,7 +53,10 @@ class KronA(Method, name="krona"):
     scale: float = 1.0
 
     def check(self, site: Site) -> None:
-        for name, n, size, side in (("a1", self.a1, site.shape[-2], "rows"), ("a2", self.a2, site.shape[-1], "columns")):
+        for name, n, size, side in (
+            ("a1", self.a1, site.shape[-2], "rows"),
+            ("a2", self.a2, site.shape[-1], "columns"),
+        ):
             if n is not None:
                 check_divides(name, size, n, side, site)
 

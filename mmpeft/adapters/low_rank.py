@@ -93,7 +93,9 @@ def one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
 def check_matrix(method: Method, site: Site) -> None:
     """Refuse stacks of experts, for methods whose tensors are laid out for one matrix."""
     if len(site.shape) != 2:
-        raise Unsupported(f"{type(method).__name__} adapts one matrix and not the stack {site.name} of shape {site.shape}")
+        raise Unsupported(
+            f"{type(method).__name__} adapts one matrix and not the stack {site.name} of shape {site.shape}"
+        )
 
 
 def check_divides(name: str, size: int, n: int, side: str, site: Site) -> None:
@@ -101,7 +103,9 @@ def check_divides(name: str, size: int, n: int, side: str, site: Site) -> None:
     if n < 1 or size % n:
         valid = [d for d in range(1, size + 1) if size % d == 0]
         close = sorted(sorted(valid, key=lambda d: abs(d - n))[:4])
-        raise ConfigError(f"{name} {n} at {site.name} does not divide its {side} of {size}; it could be {', '.join(map(str, close))}")
+        raise ConfigError(
+            f"{name} {n} at {site.name} does not divide its {side} of {size}; it could be {', '.join(map(str, close))}"
+        )
 
 
 def kaiming(*shape: int, like: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ class BOFT(Method, name="boft"):
 
     def check(self, site: Site) -> None:
         span = self.block_size * 2 ** (self.m - 1)
-        check_divides(f"block_size {self.block_size} over {self.m} factors spans", site.shape[-1], span, "columns", site)
+        check_divides(
+            f"block_size {self.block_size} over {self.m} factors spans", site.shape[-1], span, "columns", site
+        )
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
@@ -154,7 +156,9 @@ class HRA(Ranked, name="hra"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank % 2:
-            raise ConfigError(f"rank {self.rank}; HRA starts from pairs of equal reflections, so an even rank is expected")
+            raise ConfigError(
+                f"rank {self.rank}; HRA starts from pairs of equal reflections, so an even rank is expected"
+            )
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None

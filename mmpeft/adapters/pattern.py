@@ -32,6 +32,7 @@ class Term:
     exclude: bool
     roles: tuple[str, ...]
     regex: re.Pattern[str]
+    names_leaf: bool  # its last segment is more than wildcards, so it may mean a parameter
 
 
 def parse(pattern: str) -> tuple[Term, ...]:
@@ -46,17 +47,24 @@ def parse(pattern: str) -> tuple[Term, ...]:
     return terms
 
 
-def select(pattern: str, paths: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
+def select(
+    pattern: str, modules: Iterable[str], parameters: Iterable[str] = ()
+) -> list[tuple[str, tuple[str, ...]]]:
     """The paths a pattern matches, in their own order, each with the roles asked for (empty: the whole tensor).
+
+    A parameter is matched by a term that names it (`**.in_proj_weight`), not by one that ends in a wildcard: `blocks.**`
+    means modules, whose methods know their parameters.
 
     Raises:
         NameNotFound: a term that matches nothing, excluding terms included; the message lists the nearest paths.
     """
-    paths = list(paths)
+    leaves = list(parameters)
+    own, paths = set(leaves), [*modules, *leaves]
     terms = parse(pattern)
     chosen: dict[str, tuple[str, ...]] = {}
     for term in terms:
-        hits = [path for path in paths if term.regex.fullmatch(path)]
+        anything = term.names_leaf or term.exclude
+        hits = [path for path in paths if (anything or path not in own) and term.regex.fullmatch(path)]
         if not hits:
             raise NameNotFound(f"pattern {term.text!r} matches no module or parameter{_hint(term, paths)}")
         for path in hits:
@@ -81,7 +89,8 @@ def _parse_term(text: str) -> Term:
     if exclude and roles:
         raise ConfigError(f"pattern term {text!r} excludes by role; name the roles to include instead")
     alternatives = [_regex(path) for path in _expand(body)]
-    return Term(text, exclude, roles, re.compile("|".join(f"(?:{a})" for a in alternatives)))
+    names_leaf = body.rpartition(".")[2].strip("*") != ""
+    return Term(text, exclude, roles, re.compile("|".join(f"(?:{a})" for a in alternatives)), names_leaf)
 
 
 def _expand(body: str) -> list[str]:

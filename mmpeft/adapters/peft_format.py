@@ -77,7 +77,9 @@ def read_peft(folder: str | Path) -> PeftFile:
     tensors: dict[str, Tensor] = {}
     for key, tensor in read_safetensors(path).items():
         plain = _plain_key(key)
-        if plain in tensors:
+        if ".original_module." in key:  # the base's own values beside a trained copy, which PEFT never uses
+            continue
+        if plain in tensors and not torch.equal(tensors[plain], tensor):
             raise FileFormatError(f"{path} holds {plain} twice, once as {key}")
         tensors[plain] = tensor
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]

@@ -26,7 +26,7 @@ from torch import nn
 
 from mmpeft.adapters.method import REGISTRY, Method, method_from
 from mmpeft.adapters.pattern import parse, select
-from mmpeft.adapters.site import Site, weight_site
+from mmpeft.adapters.site import Site, read_shape, weight_site
 from mmpeft.adapters.state import SLOT
 from mmpeft.errors import ConfigError, NameNotFound, nearest
 
@@ -162,7 +162,7 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
     params = {p: None for p, _ in model.named_parameters(remove_duplicate=False) if not _in_slot(p)}
     chosen: dict[tuple[int, str], dict[str | None, list[Target]]] = {}
     for index, rule in enumerate(plan.rules):
-        hits = [("", ())] if rule.match == "." else select(rule.match, [*list(modules)[1:], *params])
+        hits = [("", ())] if rule.match == "." else select(rule.match, list(modules)[1:], params)
         if rule.train == "frozen":
             for path, _ in hits:
                 _drop(chosen, modules, path)
@@ -195,7 +195,10 @@ def _targets(
     """The sites of one method at one matched path (a module, or a parameter by its full name)."""
     owner_path, _, leaf = path.rpartition(".")
     if path not in modules:
-        owner, tensors = modules[owner_path], [leaf]
+        owner = modules[owner_path]
+        dims = len(read_shape(owner, leaf))
+        fits = method.kind == "weight" and (method.space == "any" or (method.space == "matrix") == (dims >= 2))
+        tensors = [leaf] if fits else []
     elif method.name == "full":
         below = [p for p in modules if p == path or p.startswith(path + ".") or path == ""]
         seen: set[int] = set()

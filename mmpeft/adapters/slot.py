@@ -230,7 +230,7 @@ class Slot(nn.Module):
         if x is None or not x.ndim or len(x) < 2:
             self.inputs.append((-1, torch.zeros(())))
             return
-        rows = x.detach()[:2].flatten(1).double()
+        rows = x.detach()[:2].reshape(2, -1).double()
         self.inputs.append((len(x), torch.stack([rows.sum(1), rows.square().sum(1)], 1)))
 
     # --- copies ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from mmpeft.adapters import freeze as freezing
 from mmpeft.adapters.attach import attach, detach
 from mmpeft.adapters.example import example_of
 from mmpeft.adapters.fingerprint import fingerprint, model_name
-from mmpeft.adapters.liveness import prove
+from mmpeft.adapters.liveness import as_call, prove
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.plan import Plan
 from mmpeft.adapters.state import Active, find_state, slots, state_of
@@ -158,7 +158,7 @@ def load(
         if check:
             given = example if example is not None else example_of(model)
             if given is not None:
-                prove(model, name, given)
+                prove(model, name, as_call(given))
     except BaseException:
         detach(model, name)
         if before is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmpeft.encoders.audio_preprocess import AudioPreprocess
 from mmpeft.encoders.base import Encoder, lengths_to_mask, mask_to_lengths, resolve_layer
 from mmpeft.encoders.files import hub_cache, load_errors, load_strict, read_weights
-from mmpeft.encoders.hf import load_backbone, locate
+from mmpeft.encoders.hf import load_backbone, locate, output_of
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import AudioOptions
 from mmpeft.errors import BadSample, ConfigError, FileFormatError, NameNotFound, Unsupported, nearest, require
@@ -37,11 +37,19 @@ class AudioEncoder(Encoder):
     preprocess: AudioPreprocess
 
     def __init__(
-        self, backbone: nn.Module, *, name: str, dim: int, preprocess: AudioPreprocess, num_layers: int, layer: int
+        self,
+        backbone: nn.Module,
+        *,
+        name: str,
+        dim: int,
+        preprocess: AudioPreprocess,
+        blocks: nn.ModuleList,
+        layer: int,
     ) -> None:
         super().__init__(backbone, name=name, dim=dim, preprocess=preprocess)
-        self.index = resolve_layer(name, layer, num_layers)
-        self.last = self.index == num_layers - 1
+        self.index = resolve_layer(name, layer, len(blocks))
+        self.last = self.index == len(blocks) - 1
+        del blocks[self.index + 1 :]  # no token depends on them
 
     @abstractmethod
     def token_count(self, samples: int) -> int:
@@ -144,15 +152,8 @@ class HFWave(WaveEncoder):
         if self.last:
             tokens: Tensor = backbone.encoder(hidden, attention_mask=mask).last_hidden_state
             return tokens
-        taken: list[Tensor] = []
-        hook = backbone.encoder.layers[self.index].register_forward_hook(
-            lambda module, args, out: taken.append(out[0] if isinstance(out, tuple) else out)
-        )
-        try:
-            backbone.encoder(hidden, attention_mask=mask)
-        finally:
-            hook.remove()
-        return taken[0]
+        path = f"encoder.layers.{self.index}"
+        return output_of(backbone, path, lambda: backbone.encoder(hidden, attention_mask=mask))
 
 
 class TorchaudioWave(WaveEncoder):
@@ -204,7 +205,7 @@ def load_hf_audio(name: Name, options: AudioOptions) -> AudioEncoder:
     preprocess = AudioPreprocess(extractor.sampling_rate, normalize=bool(extractor.do_normalize))
     return HFWave(
         model, name=name.text, dim=model.config.hidden_size, preprocess=preprocess,
-        num_layers=model.config.num_hidden_layers, layer=options.layer,
+        blocks=model.encoder.layers, layer=options.layer,
     )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def torchaudio_encoder(
     layers = model.encoder.transformer.layers
     return TorchaudioWave(
         model.to(options.dtype or torch.float32), name=name, dim=model.encoder.transformer.pos_conv_embed.embed_dim,
-        preprocess=AudioPreprocess(sampling_rate, normalize=normalize), num_layers=len(layers), layer=options.layer,
+        preprocess=AudioPreprocess(sampling_rate, normalize=normalize), blocks=layers, layer=options.layer,
     )  # fmt: skip
 
 

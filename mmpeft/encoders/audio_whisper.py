@@ -30,10 +30,11 @@ class WhisperAudio(AudioEncoder):
     mel_filters: Tensor
 
     def __init__(self, backbone: nn.Module, *, extractor: Any, name: str, layer: int, full_window: bool) -> None:
-        config: Any = backbone.config
+        whisper: Any = backbone
+        config = whisper.config
         super().__init__(
             backbone, name=name, dim=config.d_model, preprocess=AudioPreprocess(extractor.sampling_rate),
-            num_layers=config.encoder_layers, layer=layer,
+            blocks=whisper.layers, layer=layer,
         )  # fmt: skip
         self.hop, self.n_fft = int(extractor.hop_length), int(extractor.n_fft)
         self.max_samples = int(config.max_source_positions) * 2 * self.hop
@@ -64,7 +65,7 @@ class WhisperAudio(AudioEncoder):
         hidden = F.gelu(backbone.conv2(hidden)).transpose(1, 2)[:, :total]  # [B, T, d_v]
         hidden = hidden + backbone.embed_positions(torch.arange(total, device=hidden.device))
         mask = self._attention_mask(hidden, torch.tensor(counts, device=hidden.device))
-        for block in backbone.layers[: self.index + 1]:
+        for block in backbone.layers:
             out = block(hidden, mask)
             hidden = out[0] if isinstance(out, tuple) else out
         tokens: Tensor = backbone.layer_norm(hidden) if self.last else hidden

@@ -6,13 +6,13 @@ removed: a checkpoint often lacks them, and fresh random ones would change the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.encoders.base import Modality
 from mmpeft.encoders.files import check_weights, hub_cache, identify_folder, load_errors, read_weights
@@ -110,6 +110,32 @@ def load_backbone(name: Name, options: Options, modality: Modality) -> Any:
             f"{', '.join(sorted(missing)[:4])} {info['mismatched_keys'] or ''}"
         )
     return drop_poolers(model)
+
+
+def cut_blocks(model: nn.Module, count: int, index: int) -> str | None:
+    """Remove the transformer blocks after `index`, on which no token depends; returns the path of block `index`.
+
+    The blocks are the one ModuleList that is `count` long. None, and nothing is removed, where there is no such list.
+    """
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        return None
+    path, blocks = lists[0]
+    del blocks[index + 1 :]
+    return f"{path}.{index}"
+
+
+def output_of(model: nn.Module, path: str, run: Callable[[], Any]) -> Tensor:
+    """The first output of the submodule at `path` while `run` runs."""
+    taken: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_hook(
+        lambda module, args, out: taken.append(out[0] if isinstance(out, tuple) else out)
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return taken[-1]
 
 
 @contextmanager

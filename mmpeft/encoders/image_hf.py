@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmpeft.encoders.files import hub_cache, load_errors
-from mmpeft.encoders.hf import load_backbone, locate
+from mmpeft.encoders.hf import cut_blocks, load_backbone, locate, output_of
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
 from mmpeft.encoders.names import Name
@@ -23,17 +23,19 @@ class HFImage(ImageEncoder):
 
     def prepare(self, num_layers: int) -> None:
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        self.block = None if self.last else cut_blocks(self.backbone, num_layers, self.index)
         self.native = getattr(self.backbone.config, "image_size", None)
 
     def features(self, backbone: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         options: dict[str, Any] = {}
         if self.interpolates and tuple(pixels.shape[-2:]) != (self.native, self.native):
             options["interpolate_pos_encoding"] = True
-        if not self.last:
-            options["output_hidden_states"] = True
-        out = backbone(pixels, **options)
-        # hidden_states[0] is the embedding, so block k is at k + 1
-        tap = out.last_hidden_state if self.last else out.hidden_states[self.index + 1]
+        if self.last:
+            tap = backbone(pixels, **options).last_hidden_state
+        elif self.block is not None:
+            tap = output_of(backbone, self.block, lambda: backbone(pixels, **options))
+        else:  # stages of a convolutional net; hidden_states[0] is the embedding
+            tap = backbone(pixels, output_hidden_states=True, **options).hidden_states[self.index + 1]
         if tap.ndim == 4:  # convolutional: already a map
             return None, tap
         patch = backbone.config.patch_size
@@ -55,7 +57,7 @@ def load_hf_image(name: Name, options: ImageOptions) -> HFImage:
             f"{name.text!r} is a SigLIP 2 NaFlex model, whose pictures are ragged patch sequences; use a fixed-size one "
             f"such as 'hf:google/siglip2-base-patch16-224'"
         )
-    layers = getattr(config, "num_hidden_layers", None) or len(config.depths)
+    layers = len(config.depths) if hasattr(config, "depths") else config.num_hidden_layers
     preprocess, size = hf_preprocess(name, config, options)
     return HFImage(
         model, name=name.text, preprocess=preprocess, image_size=size, num_layers=layers, layer=options.layer,

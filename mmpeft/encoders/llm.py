@@ -20,6 +20,7 @@ import torch
 
 from mmpeft.encoders.base import log
 from mmpeft.encoders.files import cache_folder, check_weights, hub_cache, identify_folder, load_errors, read_json
+from mmpeft.encoders.options import as_dtype
 from mmpeft.encoders.packages import find_package
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest, require
 
@@ -67,8 +68,7 @@ def load_llm(
         ConfigError: options that do not fit together.
     """
     require("transformers", "text")
-    if isinstance(dtype, str):
-        dtype = _dtype(dtype)
+    dtype = as_dtype(dtype)
     random, folder, text = _resolve(name)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn_implementation is not None:
@@ -146,13 +146,6 @@ def _tokenizer(folder: str | Path, revision: str | None) -> PreTrainedTokenizerB
     return AutoTokenizer.from_pretrained(folder, revision=revision)
 
 
-def _dtype(text: str) -> torch.dtype:
-    value = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(value, torch.dtype):
-        raise ConfigError(f"dtype is such as 'bfloat16' or 'float32', not {text!r}")
-    return value
-
-
 def converted(gguf: Path) -> Path:
     """The folder with the safetensors and tokenizer of a GGUF file, made now if it is not complete in the cache.
 
@@ -175,7 +168,12 @@ def _convert(gguf: Path, folder: Path) -> None:
         if file.read(4) != b"GGUF":
             raise FileFormatError(f"{str(gguf)!r} is no GGUF file: it does not start with the letters GGUF")
     log.info("converting %s to safetensors in %s (once, about 20 s)", gguf.name, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {str(folder.parent)!r} cannot be made ({error}); set MMPEFT_CACHE"
+        ) from error
     # where a GPU is present, newer versions would keep the weights packed, which cannot be saved as safetensors
     packed = getattr(transformers, "GgufConfig", None)
     dense = {"quantization_config": packed(dequantize=True)} if packed else {}

@@ -11,7 +11,7 @@ import torch
 
 from mmpeft.encoders.base import Encoder, Modality, log
 from mmpeft.encoders.names import Name, parse
-from mmpeft.encoders.options import OPTIONS, Resize
+from mmpeft.encoders.options import OPTIONS, Resize, as_dtype
 from mmpeft.encoders.packages import find_package
 from mmpeft.errors import ConfigError
 
@@ -38,7 +38,7 @@ def load_encoder(
     full_window: bool = False,
     max_length: int | None = None,
     weights: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
 ) -> Encoder:
     """Load a frozen backbone.
@@ -55,7 +55,7 @@ def load_encoder(
         full_window: pad clips to Whisper's 30 s window as in its pretraining.
         max_length: cut texts at this many ids, where longer ones are otherwise refused.
         weights: a .safetensors file loaded into the named architecture in place of the source's own weights.
-        dtype: of the backbone, such as torch.bfloat16; None keeps what the source gives.
+        dtype: of the backbone, such as torch.bfloat16 or "bfloat16"; None keeps what the source gives.
         revision: commit or tag of a hub repository.
 
     Returns:
@@ -69,7 +69,7 @@ def load_encoder(
     """
     given: dict[str, Any] = {
         "layer": layer, "image_size": image_size, "pool": pool, "drop_class_token": drop_class_token, "resize": resize,
-        "full_window": full_window, "max_length": max_length, "weights": weights, "dtype": dtype, "revision": revision,
+        "full_window": full_window, "max_length": max_length, "weights": weights, "dtype": as_dtype(dtype), "revision": revision,
     }  # fmt: skip
     parsed = parse(name)
     kind = _modality(parsed, modality, revision)

@@ -12,6 +12,18 @@ from mmpeft.errors import ConfigError
 Resize = Literal["library", "squash", "pad"]
 
 
+def as_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, or its name as YAML gives it ("bfloat16").
+
+    Raises:
+        ConfigError: there is no such dtype.
+    """
+    value = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if value is not None and isinstance(value, torch.dtype) or given is None:
+        return value
+    raise ConfigError(f"dtype is such as 'bfloat16' or 'float32', not {given!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What every encoder takes.

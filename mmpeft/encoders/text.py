@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.encoders.base import Encoder, resolve_layer
+from mmpeft.encoders.base import Encoder, freeze, resolve_layer
 from mmpeft.encoders.files import hub_cache, load_errors
-from mmpeft.encoders.hf import load_backbone, locate
+from mmpeft.encoders.hf import cut_blocks, load_backbone, locate, output_of
 from mmpeft.encoders.image_open_clip import build
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import TextOptions
@@ -88,6 +88,11 @@ class TextEncoder(Encoder):
         self.index = resolve_layer(name, layer, num_layers)
         self.last = self.index == num_layers - 1
         self.limit = limit
+        self.prepare(num_layers)
+
+    @abstractmethod
+    def prepare(self, num_layers: int) -> None:
+        """Remove the blocks after the chosen layer."""
 
     @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -116,16 +121,24 @@ class HFText(TextEncoder):
 
     def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         attention = None if mask is None else mask.long()
-        if self.last:
-            tokens: Tensor = self.backbone(input_ids=ids, attention_mask=attention).last_hidden_state
-            return tokens
-        states = self.backbone(input_ids=ids, attention_mask=attention, output_hidden_states=True).hidden_states
-        tokens = states[self.index + 1]
+        if self.block is not None:
+            return output_of(self.backbone, self.block, lambda: self.backbone(input_ids=ids, attention_mask=attention))
+        tokens: Tensor = self.backbone(input_ids=ids, attention_mask=attention).last_hidden_state
         return tokens
+
+    def prepare(self, num_layers: int) -> None:
+        self.block = None if self.last else cut_blocks(self.backbone, num_layers, self.index)
+        if self.block is None and not self.last:
+            raise Unsupported(f"the blocks of {self.name!r} were not found, so that only its last layer can be had")
 
 
 class OpenClipText(TextEncoder):
     """The text tower of an open_clip model; it runs at its full context length, so short ids are padded and cut again."""
+
+    def prepare(self, num_layers: int) -> None:
+        tower: Any = self.backbone
+        tower.prune_intermediate_layers([self.index], prune_norm=not self.last, prune_head=True)
+        freeze(tower)
 
     def encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         tower: Any = self.backbone

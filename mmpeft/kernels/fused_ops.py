@@ -56,13 +56,17 @@ def rope(
     out[:, : rotated.shape[1]].copy_(rotated)
 
 
-def swiglu(gate_up: Tensor, h: Tensor) -> None:
-    """Fills h [T, f] with silu(gate) * up."""
+def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f]."""
     if use_triton(gate_up):
-        from mmpeft.kernels import elementwise
+        from mmpeft.kernels import sweep
 
-        return elementwise.swiglu(gate_up, h)
-    h.copy_(reference.swiglu(gate_up))
+        return sweep.swiglu_shrink(gate_up, act, A)
+    f = A.shape[1]
+    act[:, :f].copy_(reference.swiglu(gate_up))
+    S = act[:, :f] @ A.mT
+    act[:, f:].copy_(S)
+    return S
 
 
 def swiglu_backward(dh: Tensor, gate_up: Tensor, dgu: Tensor, h: Tensor) -> None:

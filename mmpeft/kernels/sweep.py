@@ -1,4 +1,4 @@
-"""The MLP's backward in one sweep: SwiGLU's gradient and every rank-wide product that touches a [T, f] tensor.
+"""The MLP in two sweeps: SwiGLU with the next shrink, and SwiGLU's gradient with every rank-wide product of a [T, f] tensor.
 
 Unfused, the gradient of gate and up is written, read for dS, read for dB, and the rebuilt activation is written and read for the
 down projection's dA: eleven passes over a [T, f] tensor. The sweep reads dh, gate, up once and writes dgate, dup once, five passes:
@@ -8,23 +8,41 @@ down projection's dA: eleven passes over a [T, f] tensor. The sweep reads dh, ga
     dB_gate, dB_up       = dgate^T S_gate, dup^T S_up                partial over row chunks, in registers meanwhile
     dA_down^T            = h^T dS_down,  h = silu(gate) up           the same; h never reaches memory
 
+The forward does the same for S_down = h A_down^T: h is written for the GEMM and not read again for the shrink.
+
 A program owns `BN` columns and one chunk of rows. Partial sums go to scratch buffers that two small kernels add up in a fixed order,
 so the result does not change from run to run (no atomics).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmpeft.kernels.dispatch import jit, next_power_of_2, tl, triton
 
+log = logging.getLogger("mmpeft.kernels")
 MAX_RANK = 32  # wider ranks do not fit the registers: the caller uses the unfused form
+Config = tuple[int, int, int, int]  # columns, rows a step, warps, stages
+
+
+@jit
+def _pin(x, PIN: tl.constexpr):
+    """x, in the layout it was computed in. Without this the compiler moves the arithmetic into the layout of the matrix product's
+    operand, where every warp holds the whole tile, and spills.
+    """
+    if PIN:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
 
 
 @jit
 def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds, ldn, ldb, T, F, R, r_gate, r_up, r_down,
-           ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
     block, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BN)
     k = tl.arange(0, RP)
@@ -38,6 +56,10 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds
     dS_down += first * ldn
     B += (block * BN).to(tl.int64) * ldb
     dS_part += (block.to(tl.int64) * T + first) * R
+    at = c[:, None] * ldb + k[None, :]
+    b_gate = tl.load(B + at, mask=inside_c[:, None] & (k < r_gate)[None, :], other=0.0)  # [BN, RP]
+    at += F.to(tl.int64) * ldb + r_gate
+    b_up = tl.load(B + at, mask=inside_c[:, None] & (k < r_up)[None, :], other=0.0)
     w_gate = tl.zeros((BN, RP), tl.float32)
     w_up = tl.zeros((BN, RP), tl.float32)
     w_down = tl.zeros((BN, RP), tl.float32)
@@ -51,25 +73,21 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds
         s_down = tl.load(dS_down + (r[:, None] * ldn + k[None, :]), mask=inside_r & (k < r_down)[None, :], other=0.0)
         sig = tl.sigmoid(g)
         silu = g * sig
-        h = (silu * u).to(dtype)
+        h = _pin((silu * u).to(dtype), PIN)
         w_down += tl.dot(tl.trans(h), s_down, input_precision="ieee")
 
-        d_up = (d * silu).to(dtype)
+        d_up = _pin((d * silu).to(dtype), PIN)
         tl.store(dgu + F + (r[:, None] * ldo + c[None, :]), d_up, mask=inside)
         s_up = tl.load(S + r_gate + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_up)[None, :], other=0.0)
         w_up += tl.dot(tl.trans(d_up), s_up, input_precision="ieee")
-        b = B + (F.to(tl.int64) * ldb + r_gate) + (c[:, None] * ldb + k[None, :])
-        b_up = tl.load(b, mask=inside_c[:, None] & (k < r_up)[None, :], other=0.0)  # [BN, RP]
         part = dS_part + (r[:, None] * R + k[None, :])
         p = tl.dot(d_up, b_up, input_precision="ieee")
         tl.store(part + r_gate, p, mask=inside_r & (k < r_up)[None, :])
 
-        d_gate = (d * u * (sig + silu * (1 - sig))).to(dtype)
+        d_gate = _pin((d * u * (sig + silu * (1 - sig))).to(dtype), PIN)
         tl.store(dgu + (r[:, None] * ldo + c[None, :]), d_gate, mask=inside)
         s_gate = tl.load(S + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_gate)[None, :], other=0.0)
         w_gate += tl.dot(tl.trans(d_gate), s_gate, input_precision="ieee")
-        b = B + (c[:, None] * ldb + k[None, :])
-        b_gate = tl.load(b, mask=inside_c[:, None] & (k < r_gate)[None, :], other=0.0)
         p = tl.dot(d_gate, b_gate, input_precision="ieee")
         tl.store(part, p, mask=inside_r & (k < r_gate)[None, :])
 
@@ -86,14 +104,35 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds
 
 
 @jit
-def _finish_dS(part, out, ldo, T, R, r, BLOCKS: tl.constexpr, BM: tl.constexpr, RW: tl.constexpr):
+def _finish_S(part, out, again, ldo, lda, T, R, r, BLOCKS: tl.constexpr, BM: tl.constexpr, RW: tl.constexpr, TWICE: tl.constexpr):
+    """Sum of the column blocks' partial products [BLOCKS, T, R]: first r columns; zeros up to R."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     k = tl.arange(0, RW)[None, :]
     inside = (rows < T) & (k < r)
     total = tl.zeros((BM, RW), tl.float32)
     for b in range(BLOCKS):
         total += tl.load(part + (b * T + rows) * R + k, mask=inside, other=0.0)
-    tl.store(out + rows * ldo + k, total.to(out.dtype.element_ty), mask=(rows < T) & (k < R))
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + rows * ldo + k, total, mask=(rows < T) & (k < R))
+    if TWICE:
+        tl.store(again + rows * lda + k, total, mask=(rows < T) & (k < R))
+
+
+@jit
+def _swiglu_shrink(gate_up, act, A, part, ldg, lda, ldw, T, F, R,
+                   BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
+    block = tl.program_id(0)
+    rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    cols = (block * BN + tl.arange(0, BN))[None, :]
+    inside = (rows < T) & (cols < F)
+    g = tl.load(gate_up + rows * ldg + cols, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(gate_up + rows * ldg + F + cols, mask=inside, other=0.0).to(tl.float32)
+    h = _pin((g * tl.sigmoid(g) * u).to(act.dtype.element_ty), PIN)
+    tl.store(act + rows * lda + cols, h, mask=inside)
+    c = block * BN + tl.arange(0, BN)[:, None]
+    k = tl.arange(0, RP)[None, :]
+    a = tl.load(A + k * ldw + c, mask=(c < F) & (k < R), other=0.0)  # [BN, RP]
+    tl.store(part + (block * T + rows) * R + k, tl.dot(h, a, input_precision="ieee"), mask=(rows < T) & (k < R))
 
 
 @jit
@@ -122,7 +161,7 @@ def _put(at, value, mask, ADD: tl.constexpr):
 
 def mlp_backward(
     dh: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, dS_down: Tensor, B: Tensor, ranks: tuple[int, int, int],
-    scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, *, accumulate: bool = False,
+    scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, config: Config, *, accumulate: bool = False,
 ) -> None:  # fmt: skip
     """One sweep over the MLP's backward.
 
@@ -131,32 +170,114 @@ def mlp_backward(
         B: [2f, R] = s blockdiag(B_gate, B_up), as packed. ranks: of gate, up, down, at most MAX_RANK. scales: s of gate, up.
         dgu: [T, 2f + R], filled with [dgate | dup | dS].
         dB_gate [f, r], dB_up [f, r], dA_down [r, f]: fp32, written, or added to with `accumulate`.
+        config: one of `configs(ranks)`.
     """
-    (T, F), R = dh.shape, S.shape[1]
-    r_gate, r_up, r_down = ranks
+    (T, F), R, (r_gate, r_up, r_down) = dh.shape, S.shape[1], ranks
+    BN, BM, warps, stages = config
     RP = max(16, next_power_of_2(max(ranks)))
-    BN, BM, warps, stages = _CONFIG[RP]
     blocks = triton.cdiv(F, BN)
-    slots = 2 * _processors(dh)
-    rows = max(64, triton.cdiv(triton.cdiv(T, max(1, slots // blocks)), 64) * 64)
+    rows = _rows_of_a_chunk(T, blocks, BM, _processors(dh))
     chunks = triton.cdiv(T, rows)
     dS_part = torch.empty(blocks, T, R, dtype=torch.float32, device=dh.device)
     dW_part = torch.empty(chunks, 3, F, RP, dtype=torch.float32, device=dh.device)
     _sweep[(blocks, chunks)](
         dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
         dh.stride(0), gate_up.stride(0), dgu.stride(0), S.stride(0), dS_down.stride(0), B.stride(0), T, F, R, *ranks,
-        ROWS=rows, BM=BM, BN=BN, RP=RP, num_warps=warps, num_stages=stages,
+        ROWS=rows, BM=BM, BN=BN, RP=RP, PIN=_pins(dh), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    _finish_dS[(triton.cdiv(T, 32),)](
-        dS_part, dgu[:, 2 * F :], dgu.stride(0), T, R, r_gate + r_up, BLOCKS=blocks, BM=32, RW=next_power_of_2(R)
+    out = dgu[:, 2 * F :]
+    _finish_S[(triton.cdiv(T, 32),)](
+        dS_part, out, out, out.stride(0), 0, T, R, r_gate + r_up, BLOCKS=blocks, BM=32, RW=next_power_of_2(R), TWICE=False
     )
     _finish_dW[(triton.cdiv(F, 64), 3)](
         dW_part, dB_gate, dB_up, dA_down, *scales, F, r_gate, r_up, r_down, CHUNKS=chunks, BN=64, RP=RP, ADD=accumulate
     )
 
 
-# padded rank -> (columns, rows a step, warps, stages)
-_CONFIG = {16: (256, 32, 8, 2), 32: (128, 32, 8, 2)}
+def configs(ranks: tuple[int, int, int]) -> list[Config]:
+    """Tile shapes worth timing for these ranks; none where the sweep does not fit (checked against ptxas: no or few spills)."""
+    wide = max(16, next_power_of_2(max(ranks)))
+    return {16: [(256, 32, 16, 2), (128, 32, 8, 3), (256, 16, 8, 3)], 32: [(128, 32, 16, 2)]}.get(wide, [])
+
+
+def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up and S = h A^T; returns S [T, R] again, contiguous. A: [R, f]."""
+    T, F, R = gate_up.shape[0], gate_up.shape[1] // 2, A.shape[0]
+    BM, BN, RP = 32, 256, next_power_of_2(R)
+    blocks = triton.cdiv(F, BN)
+    part = torch.empty(blocks, T, R, dtype=torch.float32, device=act.device)
+    _swiglu_shrink[(blocks, triton.cdiv(T, BM))](
+        gate_up, act, A, part, gate_up.stride(0), act.stride(0), A.stride(0), T, F, R,
+        BM=BM, BN=BN, RP=RP, PIN=_pins(act), num_warps=8,
+    )  # fmt: skip
+    S = torch.empty(T, R, dtype=act.dtype, device=act.device)
+    wide = act[:, F:]
+    _finish_S[(triton.cdiv(T, 32),)](
+        part, S, wide, S.stride(0), wide.stride(0), T, R, R, BLOCKS=blocks, BM=32, RW=RP, TWICE=True
+    )
+    return S
+
+
+@functools.cache
+def plan(T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Config | None:
+    """The fastest tile shape for `mlp_backward` at this size on this device, or None where the unfused kernels are faster.
+
+    Timed once a size, on random data; the log says what was found. Off the GPU (in the interpreter) the first shape is taken.
+    """
+    choices = configs(ranks)
+    if not choices or device.type != "cuda":
+        return choices[0] if choices else None
+    from mmpeft.kernels.elementwise import swiglu_backward
+
+    make = functools.partial(torch.randn, dtype=dtype, device=device)
+    dh, gate_up, dgu, S, B = make(T, F), make(T, 2 * F), make(T, 2 * F + R), make(T, R), make(2 * F, R)
+    dS_down = make(T, 16 * -(-max(ranks[2], 1) // 16))
+    out = [torch.empty(F * r, device=device) for r in ranks]
+
+    def unfused() -> None:
+        swiglu_backward(dh, gate_up, dgu[:, : 2 * F], dh)
+        torch.mm(dgu[:, : 2 * F], B, out=dgu[:, 2 * F :])
+        for half in dgu[:, : 2 * F].split(F, 1):
+            torch.mm(half.mT, S[:, : max(ranks[:2])], out_dtype=torch.float32)
+        torch.mm(dS_down.mT, dh, out_dtype=torch.float32)
+
+    def swept(config: Config) -> None:
+        mlp_backward(dh, gate_up, dgu, S, dS_down, B, ranks, (1.0, 1.0), out[0], out[1], out[2], config)
+
+    times = {None: _milliseconds(unfused)} | {c: _milliseconds(functools.partial(swept, c)) for c in choices}
+    best = min(times, key=times.__getitem__)
+    log.info("MLP backward at T=%d f=%d ranks %s: %s of %s ms", T, F, ranks, best, {k: round(t, 3) for k, t in times.items()})
+    return best
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times[2:])
+
+
+@functools.cache
+def _rows_of_a_chunk(T: int, blocks: int, BM: int, processors: int) -> int:
+    """Rows a program takes: as many as still fill whole waves (within 4 %) of one program a multiprocessor."""
+
+    def filled(chunks: int) -> float:
+        waves = blocks * chunks / processors
+        return waves / -(-blocks * chunks // processors)
+
+    most = max(1, min(T // (4 * BM), 16 * processors // blocks))
+    good = [n for n in range(1, most + 1) if filled(n) >= 0.96]
+    chunks = good[0] if good else max(range(1, most + 1), key=filled)
+    return -(-(-(-T // chunks)) // BM) * BM
+
+
+def _pins(t: Tensor) -> bool:
+    return t.is_cuda and t.element_size() == 2
 
 
 def _processors(t: Tensor) -> int:

@@ -75,10 +75,13 @@ def head_logits(llm: Any, hidden: Tensor, rules: LogitRules) -> Tensor:
 @torch.no_grad()
 def verify_head(llm: Any, rules: LogitRules) -> None:
     """Raise Unsupported unless decoder plus head give the logits of the model itself."""
-    with evaluating(llm):
-        embeds = _probe(llm, 3)
-        hidden = find_decoder(llm)(inputs_embeds=embeds, use_cache=False)[0]
-        given, expected = head_logits(llm, hidden, rules), llm(inputs_embeds=embeds, use_cache=False).logits
+    try:
+        with evaluating(llm):
+            embeds = _probe(llm, 3)
+            hidden = find_decoder(llm)(inputs_embeds=embeds, use_cache=False)[0]
+            given, expected = head_logits(llm, hidden, rules), llm(inputs_embeds=embeds, use_cache=False).logits
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise Unsupported(f"{type(llm).__name__} cannot be run from input embeddings: {error}") from error
     if not _close(given, expected):
         raise Unsupported(
             f"{type(llm).__name__} does more to its logits than mmpeft knows ({', '.join(LOGIT_RULES)}): its loss "

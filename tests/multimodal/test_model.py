@@ -101,6 +101,10 @@ def test_an_unknown_logit_rule_is_refused(tokenizer):
     llm.model.config.logit_scale = 0.5  # what the configuration says is not what the model does
     with pytest.raises(Unsupported, match="does more to its logits than mmpeft knows"):
         MultimodalLM(llm)
+    blind = build_llm("llama", tokenizer)
+    blind.model.forward = lambda input_ids=None: None  # an architecture that takes token ids only
+    with pytest.raises(Unsupported, match="cannot be run from input embeddings"):
+        MultimodalLM(blind)
 
 
 def test_media_tokens_stand_in_their_places_in_order(model):
