@@ -36,7 +36,10 @@ def build(args: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
         num_key_value_heads=args.hidden // 32,
     )
     model = LlamaForCausalLM(config).to(device, torch.bfloat16 if args.bf16 else torch.float32)
-    plan = {"model.layers.*.self_attn.{q,k,v,o}_proj": mmpeft.LoRA(rank=8), "model.layers.*.mlp.*_proj": mmpeft.LoRA(rank=8)}
+    plan = {
+        "model.layers.*.self_attn.{q,k,v,o}_proj": mmpeft.LoRA(rank=8),
+        "model.layers.*.mlp.*_proj": mmpeft.LoRA(rank=8),
+    }
     return mmpeft.attach(model, plan, "a")
 
 

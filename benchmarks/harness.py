@@ -77,7 +77,9 @@ class Row:
         self.out = out or RESULTS
         self.lines: list[dict[str, Any]] = []
 
-    def arm(self, name: str, build: Callable[[], Callable[[int], Any]], *, warmup: int, steps: int, **extra: Any) -> None:
+    def arm(
+        self, name: str, build: Callable[[], Callable[[int], Any]], *, warmup: int, steps: int, **extra: Any
+    ) -> None:
         """`build` makes a step function; a failing arm is reported and the others go on."""
         free()
         began = time.time()
@@ -112,7 +114,10 @@ class Row:
             **extra,
         }
         self.lines.append(line)
-        shown = {k: line[k] for k in ("throughput", "peak_gib", "reserved_gib", "mfu", "step_ms", "step_ms_iqr", "loss_first", "loss")}
+        shown = {
+            k: line[k]
+            for k in ("throughput", "peak_gib", "reserved_gib", "mfu", "step_ms", "step_ms_iqr", "loss_first", "loss")
+        }
         print(f"{self.workload} | {name} | {shown} | {line['clocks']} | {line['seconds']} s", flush=True)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with self.out.open("a") as file:
@@ -130,4 +135,7 @@ class Row:
             last = abs(line["loss"] - reference["loss"]) / abs(reference["loss"])
             same_steps = sum(line["steps"]) == sum(reference["steps"])
             ok = first <= relative and (not same_steps or last <= 5 * relative)
-            print(f"gate {self.workload} | {line['arm']}: first {first:.1e} last {last:.1e} {'ok' if ok else 'FAILED'}", flush=True)
+            print(
+                f"gate {self.workload} | {line['arm']}: first {first:.1e} last {last:.1e} {'ok' if ok else 'FAILED'}",
+                flush=True,
+            )

@@ -105,13 +105,16 @@ def build_mmpeft(shape: Shape, _: argparse.Namespace) -> Callable[[int], Any]:
             A, B = adapter(name, m.in_features, m.out_features)
             found[name] = fuse.LowRank(torch.nn.Parameter(A), torch.nn.Parameter(B), ALPHA / RANK)
     fused = fuse.from_model(model, found)
+    torch.cuda.empty_cache()
     step = TrainStep(fused, fused.optimizer(lr=1e-4), batch=shape.batch, length=shape.length)
     data = batches(shape)
     return lambda i: step(*data[i % BATCHES])
 
 
-def build_peft(shape: Shape, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False) -> Callable[[int], Any]:
-    """HF PEFT at its defaults, with fused AdamW."""
+def build_peft(
+    shape: Shape, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False
+) -> Callable[[int], Any]:
+    """HF PEFT with its default fp32 adapters under bf16 autocast, its fastest setting; fused AdamW."""
     from peft import LoraConfig, get_peft_model
 
     model = make_model(shape)
@@ -120,7 +123,12 @@ def build_peft(shape: Shape, args: argparse.Namespace, *, compiled: bool = False
 
         apply_liger_kernel_to_llama(model=model)
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=args.dropout, target_modules=list(TARGETS), use_dora=args.dora, task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=args.dropout,
+        target_modules=list(TARGETS),
+        use_dora=args.dora,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
     for name, m in model.named_modules():
@@ -129,13 +137,18 @@ def build_peft(shape: Shape, args: argparse.Namespace, *, compiled: bool = False
             m.lora_A["default"].weight.data.copy_(A)
             m.lora_B["default"].weight.data.copy_(B)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True
+    )
     forward = torch.compile(model, dynamic=False) if compiled else model
     data = batches(shape)
 
     def step(i: int) -> torch.Tensor:
         ids, labels = data[i % BATCHES]
-        loss = forward(input_ids=ids, labels=labels).loss
+        with torch.autocast(
+            "cuda", torch.bfloat16
+        ):  # without it every LoRA product runs in fp32: 25 % slower, 8 GiB more
+            loss = forward(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -148,7 +161,9 @@ ARMS: dict[str, Callable[[Shape, argparse.Namespace], Callable[[int], Any]]] = {
     "mmpeft": build_mmpeft,
     "peft": build_peft,
     "peft+compile": lambda shape, args: build_peft(shape, args, compiled=True),
-    "peft+liger": lambda shape, args: build_peft(shape, args, liger=True),  # last: it patches transformers' classes for good
+    "peft+liger": lambda shape, args: build_peft(
+        shape, args, liger=True
+    ),  # last: it patches transformers' classes for good
 }
 
 
@@ -169,13 +184,27 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     shape = SHAPES[args.shape]
     tokens = shape.batch * shape.length
-    kind = f"{'DoRA' if args.dora else 'LoRA'} r{RANK} all linears" + (f", dropout {args.dropout}" if args.dropout else "")
-    row = Row(f"{args.shape} {shape.batch}x{shape.length}, {kind}", unit="tokens/s", items=tokens, flops=shape.flops(tokens), out=args.out)
+    kind = f"{'DoRA' if args.dora else 'LoRA'} r{RANK} all linears" + (
+        f", dropout {args.dropout}" if args.dropout else ""
+    )
+    row = Row(
+        f"{args.shape} {shape.batch}x{shape.length}, {kind}",
+        unit="tokens/s",
+        items=tokens,
+        flops=shape.flops(tokens),
+        out=args.out,
+    )
     names = [name for name in ARMS if name in args.arms]
     if "mmpeft" in names and len(names) > 1:
         names.insert(-1 if "peft+liger" in names else len(names), "mmpeft")
     for i, name in enumerate(names):
-        row.arm(name, lambda name=name: ARMS[name](shape, args), warmup=args.warmup, steps=args.steps, repeat=name in names[:i])
+        row.arm(
+            name,
+            lambda name=name: ARMS[name](shape, args),
+            warmup=args.warmup,
+            steps=args.steps,
+            repeat=name in names[:i],
+        )
     row.gate()
     if args.profile:
         profile(shape, args)

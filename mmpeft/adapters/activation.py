@@ -24,8 +24,11 @@ from mmpeft.errors import ConfigError, Unsupported
 
 
 def bias_of(tensor: str) -> str:
-    """The bias that belongs to a weight: weight -> bias, in_proj_weight -> in_proj_bias, weight_ih_l0 -> bias_ih_l0."""
-    return tensor.replace("weight", "bias")
+    """The bias that belongs to a weight: weight -> bias, in_proj_weight -> in_proj_bias, weight_ih_l0 -> bias_ih_l0, and for expert
+    stacks down_proj -> down_proj_bias. A bias stands for itself."""
+    if "bias" in tensor:
+        return tensor
+    return tensor.replace("weight", "bias") if "weight" in tensor else f"{tensor}_bias"
 
 
 class OutputGain(Method):
@@ -88,7 +91,7 @@ class Propulsion(OutputGain, name="propulsion"):
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
         gain = self.gain(p)
-        return W * gain if p.site.tensor == bias_of(p.site.tensor) else W * gain.unsqueeze(-1)
+        return W * gain if "bias" in p.site.tensor else W * gain.unsqueeze(-1)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: 
     except BaseException:
         state.entries.setdefault(name, Entry([]))
         state.active = before
-        detach(model, name)
+        if find_state(model) is not None:  # else the first site's init refused, and nothing is on the model yet
+            detach(model, name)
         raise
     return model
 

@@ -51,6 +51,7 @@ class KronA(Method, name="krona"):
     a1: int | None = None
     a2: int | None = None
     scale: float = 1.0
+    mixes = False
 
     def check(self, site: Site) -> None:
         for name, n, size, side in (
@@ -89,6 +90,7 @@ class LoKr(Ranked, name="lokr"):
     alpha: float | None = None
     factor: int = -1
     decompose_both: bool = False
+    mixes = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,9 +52,17 @@ class Item:
 
     @property
     def match(self) -> str:
-        """The exact pattern of this site; IA3 finds the bias beside its weight itself, so its module is named."""
+        """The exact pattern of this site; IA3 finds the bias beside its weight itself, so its module is named, and prompt
+        tuning finds the decoder below the root."""
+        if self.site.layout is None:
+            return "."
         tensor = "" if self.method.name == "ia3" else self.site.tensor
         return ".".join(part for part in (self.site.path, tensor) if part)
+
+
+def full_key(key: str) -> str:
+    """A key as the file has it; few stand outside the wrapped model."""
+    return key if key.startswith(("base_model.", "prompt_embeddings")) else PREFIX + key
 
 
 def is_stock(owner: nn.Module) -> bool:
@@ -113,7 +121,11 @@ def unpack_lora(a: Tensor, b: Tensor, site: Site) -> tuple[Tensor, Tensor] | Non
     own = torch.stack([split[g, :, g] for g in range(groups)])
     if int(split.count_nonzero()) != int(own.count_nonzero()):
         return None
-    return own.reshape(a.shape[0], -1), torch.block_diag(*b.view(groups, b.shape[0] // groups, -1))
+    out, ranks = b.shape[0] // groups, b.shape[1]
+    B = b.new_zeros(groups, out, groups, ranks)  # each group's outputs see its own ranks only
+    for g in range(groups):
+        B[g, :, g] = b.view(groups, out, ranks)[g]
+    return own.reshape(a.shape[0], -1), B.flatten(2).flatten(0, 1)
 
 
 def expert_shapes(site: Site, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -140,7 +152,7 @@ def unpack_experts(a: Tensor, b: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     if len(site.layout.shape) == 2:
         return (b.mT, a.mT) if site.layout.name == "transposed" else (a, b)
     experts = site.shape[0]
-    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
 def fit_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +221,7 @@ def magnitude_shape(site: Site) -> tuple[int, ...]:
 
 def magnitudes(deltas: Sequence[Delta], base: Tensor) -> Tensor:
     """DoRA's magnitudes of all rows of the matrix view `base`; rows without DoRA keep their own norm."""
-    m = torch.linalg.vector_norm(base.to(wide(base.dtype)), dim=-1)
+    m: Tensor = torch.linalg.vector_norm(base.to(wide(base.dtype)), dim=-1)
     for delta in deltas:
         assert isinstance(delta.method, DoRA)
         m = put_rows(m, delta.m, delta.site.rows)

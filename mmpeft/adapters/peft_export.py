@@ -7,6 +7,7 @@ PEFT has one method a folder, wraps modules that are called, and copies whole mo
     nn.MultiheadAttention    in_proj and out_proj become one target, the part that is not adapted with zeros
     full, norm tuning        become modules_to_save, or LN_TUNING where nothing else is trained
     BitFit                   becomes bias="all" beside LoRA or VeRA
+    prompt tuning            becomes PROMPT_TUNING, alone
 
 What PEFT cannot express, or would compute differently, is refused before anything is written, with all sites named.
 The configuration is then matched against the model by PEFT's own rules, so a folder that is written is found again.
@@ -28,8 +29,9 @@ from torch import nn
 
 from mmpeft.adapters.example import example_of
 from mmpeft.adapters.liveness import as_call
-from mmpeft.adapters.peft_codecs import CONFIG, PREFIX, TENSORS
-from mmpeft.adapters.peft_encode import Encoder
+from mmpeft.adapters.peft_codecs import CONFIG, TENSORS, full_key
+from mmpeft.adapters.peft_encode import encode
+from mmpeft.adapters.peft_write import Writer
 from mmpeft.adapters.store import _choose, _gather, deltas_of
 from mmpeft.errors import ConfigError, Unsupported
 
@@ -52,13 +54,11 @@ def export_peft(
         Unsupported: sites that PEFT cannot express, all named. Nothing is written then.
     """
     name = _choose(model, name)
-    encoder = Encoder(model, deltas_of(model, name))
-    config = encoder.config()
+    writer = Writer(model, deltas_of(model, name))
+    config = encode(writer)
     if check:
-        _refuse_uncalled(model, encoder, example)
-    tensors = {
-        PREFIX + k if not k.startswith("base_model.") else k: _gather(t.detach()) for k, t in encoder.tensors.items()
-    }
+        _refuse_uncalled(model, writer, example)
+    tensors = {full_key(key): _gather(t.detach()) for key, t in writer.tensors.items()}
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ConfigError(f"adapter {name!r} is not exported: {', '.join(bad[:4])} hold NaN or infinite values")
@@ -96,19 +96,19 @@ def _put(folder: Path, files: Mapping[str, bytes]) -> None:
         os.close(directory)
 
 
-def _refuse_uncalled(model: nn.Module, encoder: Encoder, example: Any) -> None:
+def _refuse_uncalled(model: nn.Module, writer: Writer, example: Any) -> None:
     """Run the model once and refuse targets that it reads without calling them: PEFT's wrappers only see calls."""
     given = example if example is not None else example_of(model)
     if given is None or any(p.is_meta for p in model.parameters()):
         return
-    watched = {t for t in encoder.targets if t in encoder.modules} | {
-        t.rpartition(".")[0] for t in encoder.targets if t not in encoder.modules
+    watched = {t for t in writer.targets if t in writer.modules} | {
+        t.rpartition(".")[0] for t in writer.targets if t not in writer.modules
     }
     parents = {path: path.rpartition(".")[0] for path in watched}
     ran: set[str] = set()
     hooks = []
     for path in {*watched, *parents.values()}:
-        hooks.append(encoder.owner(path).register_forward_pre_hook(lambda *_, path=path: ran.add(path)))
+        hooks.append(writer.owner(path).register_forward_pre_hook(lambda *_, path=path: ran.add(path)))
     args, kwargs = as_call(given)
     training = model.training
     try:
@@ -125,7 +125,7 @@ def _refuse_uncalled(model: nn.Module, encoder: Encoder, example: Any) -> None:
             "HF PEFT would ignore the adapter where a layer's weight is read and the layer never called:\n  "
             + "\n  ".join(dead[:20])
         )
-    fast = [p for p in watched if isinstance(encoder.modules.get(p.rpartition(".")[0]), nn.TransformerEncoderLayer)]
+    fast = [p for p in watched if isinstance(writer.modules.get(p.rpartition(".")[0]), nn.TransformerEncoderLayer)]
     if fast:
         log.warning(
             "PEFT ignores adapters in nn.TransformerEncoderLayer in eval mode (%s): call "

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.attach import attach, detach
 from mmpeft.adapters.peft_codecs import CONFIG, PICKLED, PREFIX, TENSORS, Item
-from mmpeft.adapters.peft_decode import Decoder
+from mmpeft.adapters.peft_decode import decode
 from mmpeft.adapters.peft_export import export_peft
+from mmpeft.adapters.peft_read import Reader
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.state import find_state
 from mmpeft.adapters.store import adapter_tensors, fill, read_safetensors
@@ -113,13 +114,13 @@ def load_peft(
         DeadSite: the model never uses a site.
     """
     file = read_peft(folder)
-    decoder = Decoder(model, file.config, file.tensors, file.source)
-    items = decoder.items()
+    reader = Reader(model, file.config, file.tensors, file.source)
+    items = decode(reader)
     state = find_state(model)
     before = None if state is None else state.active
     attach(model, _plan(items), name, example=example, check=check)
     try:
-        fill(model, name, _values(model, name, items, decoder.shared), file.source)
+        fill(model, name, _values(model, name, items, reader.shared), file.source)
     except BaseException:
         detach(model, name)
         if state is not None and before is not None:

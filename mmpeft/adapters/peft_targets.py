@@ -124,3 +124,20 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise FileFormatError(
             f"adapter_config.json holds {pattern!r}, which is no regular expression: {error}"
         ) from error
+
+
+def any_of(paths: Iterable[str]) -> str:
+    """An expression for exactly these paths."""
+    return "|".join(re.escape(path) for path in paths) or "$^"
+
+
+def pattern_key(target: str, targets: Iterable[str]) -> str:
+    """A key for rank_pattern: the path, anchored where it would also end another target's path."""
+    hits = [t for t in targets if pattern_value({target: True}, t, False)]
+    return target if hits == [target] else f"^{re.escape(target)}"
+
+
+def plain_number(x: float) -> float | int:
+    """Free of rounding: alpha / r * r."""
+    near = round(x, 9)
+    return int(near) if near == int(near) else near

@@ -55,9 +55,10 @@ class IA3(Method, name="ia3", aliases=("(ia)3",)):
         return Factors(col=gains.squeeze(-2)) if gains.shape[-2] == 1 else None  # grouped: rows differ in their inputs
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
-        if p.site.tensor.endswith("bias"):
-            return W * p.l
-        return W * (p.l.unsqueeze(-1) if self.side == "out" else input_gains(p.l, p.site))
+        gains: Tensor = p.l
+        if not p.site.tensor.endswith("bias"):
+            gains = p.l.unsqueeze(-1) if self.side == "out" else input_gains(p.l, p.site)
+        return W * gains
 
 
 def input_channels(site: Site) -> int | None:

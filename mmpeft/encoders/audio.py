@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from mmpeft.encoders.audio_preprocess import AudioPreprocess
 from mmpeft.encoders.base import Encoder, lengths_to_mask, mask_to_lengths, resolve_layer
-from mmpeft.encoders.files import hub_cache, load_errors, load_strict, read_weights
-from mmpeft.encoders.hf import load_backbone, locate, output_of
+from mmpeft.encoders.files import load_errors, load_strict, read_weights
+from mmpeft.encoders.hf import load_backbone, loading, locate, output_of
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import AudioOptions
 from mmpeft.errors import BadSample, ConfigError, FileFormatError, NameNotFound, Unsupported, nearest, require
@@ -265,5 +265,5 @@ def _feature_extractor(name: Name, config: Any, options: AudioOptions) -> Any:
         if config.model_type == "whisper":
             return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins)
         return transformers.Wav2Vec2FeatureExtractor()
-    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with loading(name):
         return transformers.AutoFeatureExtractor.from_pretrained(place, revision=options.revision)

@@ -7,7 +7,7 @@ removed: a checkpoint often lacks them, and fresh random ones would change the e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,11 +48,17 @@ def locate(name: Name) -> str | Path:
     return name.rest
 
 
+def loading(name: Name) -> AbstractContextManager[None]:
+    """Around a transformers load: a failure is worded by where the model should have come from."""
+    place = locate(name)
+    return load_errors(name.text, place if isinstance(place, Path) else hub_cache())
+
+
 def read_config(name: Name, revision: str | None) -> Any:
     """The model's transformers configuration."""
     transformers: Any = require("transformers", "text")
     place = locate(name)
-    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with loading(name):
         return transformers.AutoConfig.from_pretrained(place, revision=revision)
 
 
@@ -99,7 +105,7 @@ def load_backbone(name: Name, options: Options, modality: Modality) -> Any:
     source: dict[str, Any] = {"revision": options.revision, "use_safetensors": True}
     if options.weights is not None:
         place, source = None, {"state_dict": read_weights(options.weights)}
-    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()), _quiet():
+    with loading(name), _quiet():
         model, info = cls.from_pretrained(
             place, config=config, dtype=options.dtype or "auto", output_loading_info=True, **source
         )

@@ -48,7 +48,6 @@ class ImageEncoder(Encoder):
         layer: int = -1, pool: tuple[int, int] | None = None, drop_class_token: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(backbone, name=name, dim=0, preprocess=preprocess)
-        self.layer = layer
         self.index = resolve_layer(name, layer, num_layers)
         self.last = self.index == num_layers - 1
         self.image_size = image_size
@@ -63,7 +62,7 @@ class ImageEncoder(Encoder):
 
     @abstractmethod
     def features(self, backbone: nn.Module, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Pixels [B, 3, H, W] to prefix tokens [B, P, d_v] (or None) and the map [B, d_v, h, w] of `self.layer`."""
+        """Pixels [B, 3, H, W] to prefix tokens [B, P, d_v] (or None) and the map [B, d_v, h, w] of the chosen layer."""
 
     def prepare(self, num_layers: int) -> None:
         """Remove what no tap needs, where the library can."""
@@ -90,7 +89,7 @@ class ImageEncoder(Encoder):
 
     def config(self) -> dict[str, Any]:
         return {
-            "class": type(self).__name__, "layer": self.layer, "pool": self.pool, "image_size": self.image_size,
+            "class": type(self).__name__, "layer": self.index, "pool": self.pool, "image_size": self.image_size,
             "drop_class_token": self.drop_class_token, "preprocess": repr(self.preprocess),
         }  # fmt: skip
 

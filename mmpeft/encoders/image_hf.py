@@ -9,8 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmpeft.encoders.files import hub_cache, load_errors
-from mmpeft.encoders.hf import cut_blocks, load_backbone, locate, output_of
+from mmpeft.encoders.hf import cut_blocks, load_backbone, loading, locate, output_of
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
 from mmpeft.encoders.names import Name
@@ -90,7 +89,7 @@ def hf_preprocess(name: Name, config: Any, options: ImageOptions) -> tuple[Image
             raise FileFormatError(f"{str(place)!r} has no preprocessor_config.json, so its preprocessing is unknown")
         size = options.image_size or native
         return square_transform(size, "bicubic", (0.5,) * 3, (0.5,) * 3, pad=options.resize == "pad"), size
-    with load_errors(name.text, place if isinstance(place, Path) else hub_cache()):
+    with loading(name):
         processor = transformers.AutoImageProcessor.from_pretrained(place, revision=options.revision)
     size = options.image_size or _output_side(processor)
     if options.resize != "library":

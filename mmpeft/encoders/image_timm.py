@@ -21,6 +21,8 @@ from mmpeft.encoders.options import ImageOptions
 from mmpeft.encoders.packages import efficientnet_lite0_state, find_package
 from mmpeft.errors import FileFormatError, NameNotFound, Unsupported, nearest, require
 
+NO_NORM = ("Hiera", "HieraDet")  # refuse to normalise a tap: their last one is as the block left it
+
 
 class TimmImage(ImageEncoder):
     """A timm model whose tokens are the map of one tap."""
@@ -30,13 +32,14 @@ class TimmImage(ImageEncoder):
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers([self.index], prune_norm=not self.last, prune_head=True)
             freeze(model)  # pruning may put fresh modules in place
+        self.norm = self.last and type(model).__name__ not in NO_NORM
         parameters = inspect.signature(model.forward_intermediates).parameters
         self.has_prefix = getattr(model, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in parameters
 
     def features(self, backbone: Any, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         options = {"return_prefix_tokens": True} if self.has_prefix else {}
         (tap,) = backbone.forward_intermediates(
-            pixels, indices=[self.index], norm=self.last, output_fmt="NCHW", intermediates_only=True, **options
+            pixels, indices=[self.index], norm=self.norm, output_fmt="NCHW", intermediates_only=True, **options
         )
         return (tap[1], tap[0]) if self.has_prefix else (None, tap)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft.encoders.base import Encoder, freeze, resolve_layer
 from mmpeft.encoders.files import hub_cache, load_errors
-from mmpeft.encoders.hf import cut_blocks, load_backbone, locate, output_of
+from mmpeft.encoders.hf import cut_blocks, load_backbone, loading, locate, output_of
 from mmpeft.encoders.image_open_clip import build
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import TextOptions
@@ -164,7 +164,7 @@ def load_hf_text(name: Name, options: TextOptions) -> HFText:
     if config.is_encoder_decoder:
         model = model.get_encoder()
     place = locate(name)
-    with load_errors(text, place if isinstance(place, Path) else hub_cache()):
+    with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=options.revision)
     limit = _limit(config, tokenizer)
     if options.max_length is not None and not 1 <= options.max_length <= limit:

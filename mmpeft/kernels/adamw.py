@@ -90,7 +90,7 @@ class FlatAdamW:
         for p, view in zip(masters, self.masters, strict=True):
             p.data = view
         blocks = [(i, e) for i, n in enumerate(sizes) for e in range(0, n, BLOCK)]
-        as_long = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
+        as_long = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
         self._table = (
             as_long([i for i, _ in blocks]),
             as_long([e for _, e in blocks]),

@@ -67,7 +67,8 @@ def _capability(index: int) -> tuple[int, int]:
 @functools.cache
 def _say_once(device: str) -> None:
     log.info(
-        "mmpeft.kernels: plain-torch references run on %s (the Triton kernels need CUDA, compute capability 8.0)", device
+        "mmpeft.kernels: plain-torch references run on %s (the Triton kernels need CUDA, compute capability 8.0)",
+        device,
     )
 
 

@@ -153,7 +153,9 @@ def _rope(q, k, v, qb, qs, qh, kb, ks, kh, vb, vs, vh, out, ldo, cos, sin, S, pe
         tl.store(target + HALF, tl.load(source_v + HALF, mask=is_v).to(out.dtype.element_ty), mask=is_v)
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False
+) -> None:
     """Rotates q [B, S, Hq, d] and k [B, S, Hk, d] (any strides but the last) into out [B * S, >= (Hq + 2 Hk) d]; copies v.
 
     cos, sin: fp32 [S, d/2] or [B * S, d/2]. `out` may be where q and k lie. `inverse` turns the other way: the backward.

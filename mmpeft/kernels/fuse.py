@@ -30,7 +30,9 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def from_model(model: nn.Module, adapters: Mapping[str, LowRank], *, check: bool = True, tolerance: float | None = None) -> FusedLlama:
+def from_model(
+    model: nn.Module, adapters: Mapping[str, LowRank], *, check: bool = True, tolerance: float | None = None
+) -> FusedLlama:
     """The fused form of a causal LM of transformers, with `adapters` by the linears' paths from `model`.
 
     The packed buffers become the storage of the model's own weights (same values, padded rows), so nothing is stored twice.
@@ -44,9 +46,7 @@ def from_model(model: nn.Module, adapters: Mapping[str, LowRank], *, check: bool
     decoder = _decoder(model)
     paths = {id(m): name for name, m in model.named_modules()}
     unused = dict(adapters)
-    packed = [
-        _block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)]) for layer in decoder.layers
-    ]
+    packed = [_block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)]) for layer in decoder.layers]
     if unused:
         known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise NameNotFound(f"no fused linear at {sorted(unused)[0]!r}{nearest(sorted(unused)[0], known)}")
@@ -74,7 +74,9 @@ def _decoder(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if all(hasattr(module, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
             return module
-    raise Unsupported(f"{type(model).__name__} has no module with embed_tokens, layers, norm and rotary_emb: no Llama-type decoder")
+    raise Unsupported(
+        f"{type(model).__name__} has no module with embed_tokens, layers, norm and rotary_emb: no Llama-type decoder"
+    )
 
 
 def _block(layer: nn.Module, adapter_of, path: str) -> tuple[Block, nn.Module]:  # type: ignore[no-untyped-def]
@@ -135,7 +137,10 @@ def _prove(model: nn.Module, decoder: nn.Module, fused: FusedLlama, tolerance: f
         slot.copy.zero_()
     training = model.training
     model.eval()
-    own, own_loss = decoder(input_ids=ids).last_hidden_state.flatten(0, 1).float(), model(input_ids=ids, labels=ids).loss
+    own, own_loss = (
+        decoder(input_ids=ids).last_hidden_state.flatten(0, 1).float(),
+        model(input_ids=ids, labels=ids).loss,
+    )
     model.train(training)
     x = torch.nn.functional.embedding(ids, fused.embedding)
     ours, ours_loss = fused.hidden(x)[0].float(), fused.forward(x, ids)[0]

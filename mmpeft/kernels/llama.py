@@ -161,7 +161,9 @@ class FusedLlama:
         """A one-launch AdamW over all adapters (options of `FlatAdamW`)."""
         return FlatAdamW(self.masters, self.slots, **options)
 
-    def loss(self, ids: Tensor | None, labels: Tensor, *, inputs: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def loss(
+        self, ids: Tensor | None, labels: Tensor, *, inputs: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Mean cross-entropy of the next token, differentiable in the masters (call `refresh` after changing them).
 
         Args:
@@ -229,7 +231,9 @@ class FusedLlama:
         The tape is consumed block by block, so its memory falls as the backward goes.
         """
         if not tape.blocks:
-            raise ConfigError("this tape's backward has run: its tensors were freed on the way (retain_graph is not supported)")
+            raise ConfigError(
+                "this tape's backward has run: its tensors were freed on the way (retain_graph is not supported)"
+            )
         x, rstd = tape.final
         T, h = x.shape
         dn = tape.gradient
@@ -379,7 +383,9 @@ class TrainStep:
     The loss is a device tensor that the next call overwrites; nothing here waits for the device.
     """
 
-    def __init__(self, model: FusedLlama, optimizer: FlatAdamW, *, batch: int, length: int, rows: int | None = None) -> None:
+    def __init__(
+        self, model: FusedLlama, optimizer: FlatAdamW, *, batch: int, length: int, rows: int | None = None
+    ) -> None:
         device = model.embedding.device
         self.model, self.optimizer = model, optimizer
         self.ids, self.labels = (torch.zeros(batch, length, dtype=torch.int64, device=device) for _ in range(2))

@@ -105,7 +105,9 @@ class PackedGroup:
         scales: Sequence[float],
     ) -> None:
         if not len(weights) == len(ranks) == len(scales) or not weights:
-            raise ConfigError(f"{len(weights)} weights, {len(ranks)} ranks, {len(scales)} scales; expected as many of each")
+            raise ConfigError(
+                f"{len(weights)} weights, {len(ranks)} ranks, {len(scales)} scales; expected as many of each"
+            )
         if len({w.shape[1] for w in weights}) != 1:
             raise ConfigError(f"a group shares its input; got weights {[tuple(w.shape) for w in weights]}")
         self.in_features, self.outs = weights[0].shape[1], [w.shape[0] for w in weights]
@@ -170,11 +172,18 @@ def lowrank_group(
 
 
 def _check(
-    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], p: float, seed: Tensor | int | None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    p: float,
+    seed: Tensor | int | None,
 ) -> None:
     for w, A, B in zip(weights, As, Bs, strict=True):
         if w.requires_grad:
-            raise ConfigError("the weight requires a gradient; a low-rank site's base is frozen (requires_grad_(False))")
+            raise ConfigError(
+                "the weight requires a gradient; a low-rank site's base is frozen (requires_grad_(False))"
+            )
         if A.shape != (B.shape[-1], w.shape[1]) or B.shape[0] != w.shape[0] or x.shape[-1] != w.shape[1]:
             raise ConfigError(
                 f"x {tuple(x.shape)}, weight {tuple(w.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}; "
@@ -423,7 +432,8 @@ def _group_grad(ctx, dy: Tensor, _dS: Tensor | None):  # type: ignore[no-untyped
     ranks = [A.shape[0] for A in As]
     dAs = list(dA.split(ranks))
     dBs = [
-        d.view(o, r) for d, o, r in zip(dB.split([o * r for o, r in zip(ctx.outs, ranks)]), ctx.outs, ranks, strict=True)
+        d.view(o, r)
+        for d, o, r in zip(dB.split([o * r for o, r in zip(ctx.outs, ranks)]), ctx.outs, ranks, strict=True)
     ]
     return dx if need_dx else None, None, None, dAs, dBs, None, None, None, None
 

@@ -104,7 +104,9 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds
 
 
 @jit
-def _finish_S(part, out, again, ldo, lda, T, R, r, BLOCKS: tl.constexpr, BM: tl.constexpr, RW: tl.constexpr, TWICE: tl.constexpr):
+def _finish_S(
+    part, out, again, ldo, lda, T, R, r, BLOCKS: tl.constexpr, BM: tl.constexpr, RW: tl.constexpr, TWICE: tl.constexpr
+):
     """Sum of the column blocks' partial products [BLOCKS, T, R]: first r columns; zeros up to R."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     k = tl.arange(0, RW)[None, :]
@@ -187,7 +189,18 @@ def mlp_backward(
     )  # fmt: skip
     out = dgu[:, 2 * F :]
     _finish_S[(triton.cdiv(T, 32),)](
-        dS_part, out, out, out.stride(0), 0, T, R, r_gate + r_up, BLOCKS=blocks, BM=32, RW=next_power_of_2(R), TWICE=False
+        dS_part,
+        out,
+        out,
+        out.stride(0),
+        0,
+        T,
+        R,
+        r_gate + r_up,
+        BLOCKS=blocks,
+        BM=32,
+        RW=next_power_of_2(R),
+        TWICE=False,
     )
     _finish_dW[(triton.cdiv(F, 64), 3)](
         dW_part, dB_gate, dB_up, dA_down, *scales, F, r_gate, r_up, r_down, CHUNKS=chunks, BN=64, RP=RP, ADD=accumulate
@@ -219,7 +232,9 @@ def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
 
 
 @functools.cache
-def plan(T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Config | None:
+def plan(
+    T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Config | None:
     """The fastest tile shape for `mlp_backward` at this size on this device, or None where the unfused kernels are faster.
 
     Timed once a size, on random data; the log says what was found. Off the GPU (in the interpreter) the first shape is taken.
@@ -227,6 +242,8 @@ def plan(T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype
     choices = configs(ranks)
     if not choices or device.type != "cuda":
         return choices[0] if choices else None
+    if dtype not in (torch.bfloat16, torch.float16):  # tiles of twice the bytes do not fit shared memory
+        return None
     from mmpeft.kernels.elementwise import swiglu_backward
 
     make = functools.partial(torch.randn, dtype=dtype, device=device)
@@ -246,7 +263,9 @@ def plan(T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype
 
     times = {None: _milliseconds(unfused)} | {c: _milliseconds(functools.partial(swept, c)) for c in choices}
     best = min(times, key=times.__getitem__)
-    log.info("MLP backward at T=%d f=%d ranks %s: %s of %s ms", T, F, ranks, best, {k: round(t, 3) for k, t in times.items()})
+    log.info(
+        "MLP backward at T=%d f=%d ranks %s: %s of %s ms", T, F, ranks, best, {k: round(t, 3) for k, t in times.items()}
+    )
     return best
 
 

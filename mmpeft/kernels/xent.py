@@ -56,7 +56,15 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_inde
             # 1,024 threads with 16 values each: one row a multiprocessor, so the second pass finds its 2V bytes in L2
             block = min(16384, triton.next_power_of_2(V))
             _softmax_gradient[(N,)](
-                logits, labels, scale, loss, logits.stride(0), ignore_index, V=V, BLOCK=block, num_warps=32 if block == 16384 else 8
+                logits,
+                labels,
+                scale,
+                loss,
+                logits.stride(0),
+                ignore_index,
+                V=V,
+                BLOCK=block,
+                num_warps=32 if block == 16384 else 8,
             )
         return loss
     keep = labels != ignore_index

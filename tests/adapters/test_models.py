@@ -31,10 +31,10 @@ def _open_clip(siglip: bool, match: str):
         if not siglip:
             return open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
         vision = dict(
-            image_size=32, timm_model_name="vit_tiny_patch16_224", timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+            image_size=160, timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="map", timm_proj="none"
         )
         text |= dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs={"eps": 1e-6})
-        return open_clip.CustomTextCLIP(embed_dim=192, vision_cfg=vision, text_cfg=text, init_logit_bias=-10.0)
+        return open_clip.CustomTextCLIP(embed_dim=64, vision_cfg=vision, text_cfg=text, init_logit_bias=-10.0)
 
     return make, match
 

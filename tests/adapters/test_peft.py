@@ -353,6 +353,138 @@ def test_export_of_architectures(tmp_path: Path, family: str, case: int) -> None
     to_peft(make, cases[case], x, tmp_path, size=0.1)
 
 
+def test_prompt_tuning_both_ways(tmp_path: Path) -> None:
+    """Soft prompts; PEFT returns logits at the prompts' positions too, which are dropped here."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = llama()
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = TEXT | {"attention_mask": torch.ones_like(TEXT["input_ids"])}
+    load_peft(base, tmp_path / "theirs", example=x)
+    torch.testing.assert_close(outputs(base, x), outputs(theirs, x)[:, 3:], atol=1e-5, rtol=1e-5)
+    export_peft(base, tmp_path / "ours", example=x)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(outputs(again, x), outputs(theirs, x), atol=1e-5, rtol=1e-5)
+
+
+class Mixed(nn.Module):
+    """Corners: an embedding with its own forward, a bare matrix, running statistics: ids [B, T] -> [B, 4]."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * 3.0
+
+    class Projection(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Parameter(torch.randn(6, 8) * 0.4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.proj.mT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Mixed.Scaled(13, 8)
+        self.inner = Mixed.Projection()
+        self.norm = nn.BatchNorm1d(6)
+        self.norm.running_mean.fill_(0.3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.inner(self.table(ids)).mean(1)))
+
+
+def mixed() -> nn.Module:
+    return seeded(Mixed)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"{table,inner.proj}": mmpeft.LoRA(rank=2, alpha=3), "head": "full"},
+        {"head": mmpeft.LoRA(rank=2), "norm": mmpeft.LayerNormTuning()},
+        {"norm": mmpeft.LayerNormTuning()},
+    ],
+    ids=lambda plan: "+".join(plan),
+)
+def test_export_of_corners(tmp_path: Path, plan: dict[str, Any]) -> None:
+    to_peft(mixed, plan, IDS, tmp_path)
+
+
+def test_statistics_that_moved_are_refused(tmp_path: Path) -> None:
+    """A PEFT copy of a BatchNorm that trained has statistics of its own; here they belong to the base."""
+    config = peft.LoraConfig(r=2, target_modules=["head"], modules_to_save=["norm"])
+    from_peft(mixed, config, IDS, tmp_path / "still", size=0.2)
+    theirs = peft.get_peft_model(mixed(), config).train()
+    theirs(IDS)
+    theirs.save_pretrained(tmp_path / "moved")
+    with pytest.raises(Unsupported, match="norm.running_mean: the adapter moved a buffer"):
+        load_peft(mixed(), tmp_path / "moved", example=IDS)
+
+
+def test_embedding_tables_in_the_file(tmp_path: Path) -> None:
+    """`save_embedding_layers` writes the base's own tables, or new ones; the first are passed over, the second carried."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs.save_pretrained(tmp_path / "same")
+    load_peft(llama(), tmp_path / "same", example=TEXT)
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    randomise([theirs.get_input_embeddings().weight])
+    theirs.save_pretrained(tmp_path / "new", save_embedding_layers=True)
+    ours = load_peft(llama(), tmp_path / "new", example=TEXT)
+    torch.testing.assert_close(outputs(ours, TEXT), outputs(theirs, TEXT), atol=1e-5, rtol=1e-5)
+
+
+def test_second_adapter_half_precision_and_injection(tmp_path: Path) -> None:
+    """Onto a model that has an adapter; on a bf16 base; through `inject_adapter_in_model`, whose keys have no prefix."""
+    base = llama()
+    mmpeft.attach(base, {"**.q_proj": mmpeft.LoRA(rank=2)}, name="first", example=TEXT)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=["v_proj", "q_proj"]), llama()).eval()
+    randomise(p for n, p in sorted(theirs.named_parameters()) if "lora_" in n)
+    (tmp_path / "plain").mkdir()
+    tensors = {k: t.contiguous() for k, t in peft.get_peft_model_state_dict(theirs).items()}
+    save_file(tensors, tmp_path / "plain" / "adapter_model.safetensors")
+    reconfigure_to = {"peft_type": "LORA", "r": 3, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "plain" / "adapter_config.json").write_text(json.dumps(reconfigure_to))
+    load_peft(base, tmp_path / "plain", "second", example=TEXT)
+    torch.testing.assert_close(outputs(base, TEXT), outputs(theirs, TEXT), atol=1e-5, rtol=1e-5)
+    export_peft(base, tmp_path / "out", name="second", example=TEXT)
+    target = peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(tmp_path / "out"), llama()).eval()
+    peft.set_peft_model_state_dict(target, load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    torch.testing.assert_close(outputs(target, TEXT), outputs(theirs, TEXT), atol=1e-5, rtol=1e-5)
+    half = load_peft(llama().bfloat16(), tmp_path / "out", example=TEXT)
+    theirs = peft.PeftModel.from_pretrained(llama().bfloat16(), tmp_path / "out").eval()
+    torch.testing.assert_close(outputs(half, TEXT), outputs(theirs, TEXT), atol=3e-2, rtol=3e-2)
+
+
+def test_keys_with_the_adapters_name(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["fused"], modules_to_save=["head"])).eval()
+    randomise(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    named = {k.replace(".weight", ".default.weight") if "lora" in k else k.replace("head.", "head.modules_to_save.default."): t
+             for k, t in load_file(path).items()}  # fmt: skip
+    save_file(named, path)
+    ours = load_peft(net(), tmp_path, example=IDS)
+    torch.testing.assert_close(outputs(ours, IDS), outputs(theirs, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_writing_again_replaces_both_files(tmp_path: Path) -> None:
+    model = mmpeft.attach(net(), {"fused": mmpeft.LoRA(rank=2)}, example=IDS)
+    (tmp_path / "README.md").write_text("kept")
+    for rank in (2, 3):
+        mmpeft.detach(model)
+        mmpeft.attach(model, {"fused": mmpeft.LoRA(rank=rank)}, example=IDS)
+        export_peft(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert read_peft(tmp_path).tensors["fused.lora_A.weight"].shape[0] == 3
+
+
 # --- sampled ---------------------------------------------------------------------------------------------------------
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -18,6 +18,7 @@ RANDOM = [
     "random:timm:tf_efficientnet_lite0",
     "random:timm:resnet18",
     "random:timm:convnext_atto",
+    "random:timm:mobilevit_xxs",
 ]
 
 
@@ -61,6 +62,15 @@ def test_a_size_that_the_backbone_refuses_is_named(timm_folder: str) -> None:
 def test_image_size_resamples_timm_positions(timm_folder: str) -> None:
     assert load_encoder(timm_folder).num_tokens((32, 32)) == 16
     assert load_encoder(timm_folder, image_size=48).num_tokens((48, 48)) == 36
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224", "hiera_tiny_224", "xcit_nano_12_p16_224"]
+)
+def test_num_tokens_of_other_families(name: str) -> None:
+    """Shifted windows (channels last), rotary positions, hierarchical, cross-covariance: one rule, the network's own."""
+    encoder = load_encoder(f"random:timm:{name}")
+    assert encoder(torch.randn(2, 3, 224, 224))[0].shape == (2, encoder.num_tokens((3, 224, 224)), encoder.dim)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmpeft.encoders import load_encoder, load_llm
+from mmpeft.encoders import Encoder, load_encoder, load_llm
 from mmpeft.encoders.names import Name, parse
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound
 
@@ -169,6 +169,18 @@ def test_misfitting_weights_name_their_keys(tmp_path, timm_folder: str) -> None:
         FileFormatError, match=r"1 missing: norm.bias; 1 extra: alien; 1 misshapen: head.weight is \[5, 31\]"
     ):
         load_encoder(timm_folder, weights=str(tmp_path / "w.safetensors"))
+
+
+def test_yaml_names_the_loaders_by_class_path() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--image", type=str | Encoder)
+    options = {"name": "random:timm:resnet18", "pool": [2, 2], "image_size": 64, "dtype": "bfloat16"}
+    given = parser.parse_object({"image": {"class_path": "mmpeft.encoders.load_encoder", "init_args": options}})
+    encoder = (
+        parser.instantiate(given).image if hasattr(parser, "instantiate") else parser.instantiate_classes(given).image
+    )
+    assert encoder.num_tokens((64, 64)) == 4 and next(encoder.parameters()).dtype == torch.bfloat16
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,18 @@ import torch
 from torch import nn
 
 from mmpeft.errors import ConfigError, NameNotFound, Unsupported
-from mmpeft.kernels import fuse, reference
+from mmpeft.kernels import fuse, fused_ops, reference
 from mmpeft.kernels.llama import TrainStep
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = dict(
-    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=56, vocab_size=101
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    intermediate_size=56,
+    vocab_size=101,
 )
 RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 1, "o_proj": 16, "gate_proj": 3, "up_proj": 5, "down_proj": 2}
 SKIPPED = "model.layers.1.self_attn.k_proj"  # a linear without an adapter
@@ -114,14 +119,60 @@ def test_train_step_follows_torch_adamw(backend, device):
     assert ours[-1] < ours[0] - 0.1
 
 
+def learnable(device, steps, batch=4, length=16):
+    """A chain over 20 of 101 tokens, x -> 3 x + 1 mod 20 with one jump in eight: bigrams a small adapter can learn."""
+    g = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        rows = [torch.randint(0, 20, (batch,), generator=g)]
+        for _ in range(length - 1):
+            jump = torch.rand(batch, generator=g) < 1 / 8
+            rows.append(torch.where(jump, torch.randint(0, 20, (batch,), generator=g), (3 * rows[-1] + 1) % 20))
+        yield torch.stack(rows, 1).to(device)
+
+
+def readable(device):
+    """A model whose random embedding and head are large enough for the adapters to steer."""
+    model, found = llama(device, tie_word_embeddings=False)
+    model.lm_head.weight.data.mul_(10)
+    model.model.embed_tokens.weight.data.mul_(10)
+    return model, found
+
+
+def curve_of_ours(device, steps):
+    model, found = readable(device)
+    fused = fuse.from_model(model, found)
+    step = TrainStep(fused, fused.optimizer(lr=1e-2), batch=4, length=16)
+    return torch.stack([step(ids, ids).clone() for ids in learnable(device, steps)]).cpu()
+
+
+def test_200_steps_on_learnable_data_and_a_broken_backward(device, monkeypatch):
+    """The loss curve stays on that of autograd through the model; with a dropped residual gradient it does not."""
+    steps = 200
+    model, found = readable(device)
+    optimizer = torch.optim.AdamW([t for a in found.values() for t in (a.A, a.B)], lr=1e-2, weight_decay=0.0)
+    theirs = []
+    for ids in learnable(device, steps):
+        optimizer.zero_grad()
+        loss = adapted(model, found)(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        theirs.append(loss.detach())
+    theirs = torch.stack(theirs).cpu()
+    assert theirs[-20:].mean() < 0.6 * theirs[:5].mean()  # it learns, so a wrong gradient shows
+    apart = lambda ours: float(((ours - theirs).abs() / theirs).mean())
+    whole = apart(curve_of_ours(device, steps))
+    monkeypatch.setattr(fused_ops, "rmsnorm_backward", without_residual(fused_ops.rmsnorm_backward))
+    broken = apart(curve_of_ours(device, steps))
+    assert whole <= 1e-3 and broken > 10 * whole and broken > 1e-2, (whole, broken)
+
+
+def without_residual(whole):
+    return lambda dn, x, rstd, w, g, out, n: whole(dn, x, rstd, w, None, out, n)
+
+
 def test_a_broken_backward_is_seen(device, monkeypatch):
     """The comparison above can fail: a gradient that drops the residual path is far outside its tolerance."""
-    from mmpeft.kernels import fused_ops
-
-    whole = fused_ops.rmsnorm_backward
-    monkeypatch.setattr(
-        fused_ops, "rmsnorm_backward", lambda dn, x, r, w, g, out, n: whole(dn, x, r, w, None, out, n)
-    )
+    monkeypatch.setattr(fused_ops, "rmsnorm_backward", without_residual(fused_ops.rmsnorm_backward))
     model, found = llama(device)
     fused = fuse.from_model(model, found)
     ids = torch.randint(0, 101, (2, 9), device=device)

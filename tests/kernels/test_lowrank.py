@@ -11,7 +11,7 @@ from mmpeft.kernels import PackedGroup, dispatch, dropout_mask, lowrank_group, l
 
 def site(rank, n_in=24, n_out=10, *, bias=True, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device)  # noqa: E731
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
     A, B = make(rank, n_in).requires_grad_(), make(n_out, rank).requires_grad_()
     return make(n_out, n_in), make(n_out) if bias else None, A, B
 
@@ -60,8 +60,10 @@ def test_checkpoint_reentry(backend, device):
     W, b, A, B = site(4, device=device)
     x = torch.randn(5, 24, dtype=torch.float64, device=device, requires_grad=True)
     seed = torch.tensor(3, device=device)
-    run = lambda x: lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.3, seed=seed)  # noqa: E731
-    for got, want in zip(gradients(checkpoint(run, x, use_reentrant=False), x, A, B), gradients(run(x), x, A, B), strict=True):
+    run = lambda x: lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.3, seed=seed)
+    for got, want in zip(
+        gradients(checkpoint(run, x, use_reentrant=False), x, A, B), gradients(run(x), x, A, B), strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 
@@ -70,7 +72,7 @@ def test_dropout_mask_is_redrawn_in_the_backward(device):
     W, b, A, B = site(3, n_in=6, n_out=4, device=device)
     x = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
     seed = torch.tensor(11, device=device)
-    op = lambda x, A, B: torch.ops.mmpeft.lowrank_linear(x, W, b, A, B, 0.7, 0.4, seed)[0]  # noqa: E731
+    op = lambda x, A, B: torch.ops.mmpeft.lowrank_linear(x, W, b, A, B, 0.7, 0.4, seed)[0]
     with dispatch.backend("reference"):  # float64 masks; the Triton mask is compared with it below
         assert torch.autograd.gradcheck(op, (x, A, B))
         torch.testing.assert_close(op(x, A, B), reference.lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.4, seed=seed))
@@ -97,7 +99,9 @@ def test_triton_dropout_is_the_same_mask(device):
 
 
 def members(device, ranks=(3, 1, 0)):
-    sites = [site(max(r, 1), n_out=n, bias=n != 7, device=device, seed=n) for r, n in zip(ranks, (10, 7, 40), strict=True)]
+    sites = [
+        site(max(r, 1), n_out=n, bias=n != 7, device=device, seed=n) for r, n in zip(ranks, (10, 7, 40), strict=True)
+    ]
     As = [A.detach()[:r].requires_grad_() for (_, _, A, _), r in zip(sites, ranks, strict=True)]
     Bs = [B.detach()[:, :r].requires_grad_() for (_, _, _, B), r in zip(sites, ranks, strict=True)]
     group = PackedGroup([s[0] for s in sites], [s[1] for s in sites], ranks, [0.7, 2.0, 1.0])
@@ -146,11 +150,11 @@ def test_bf16_error_is_that_of_plain_bf16(device):
     W, b, A, B = site(16, n_in=128, n_out=96, device=device)
     x = torch.randn(64, 128, dtype=torch.float64, device=device)
     exact = reference.lowrank_linear(x, W, b, A, B, 0.7)
-    half = lambda t: t.to(torch.bfloat16)  # noqa: E731
+    half = lambda t: t.to(torch.bfloat16)
     plain = half(x) @ half(W).mT + half(b) + 0.7 * ((half(x) @ half(A).mT) @ half(B).mT)
     with dispatch.backend("triton"):
         ours = lowrank_linear(half(x), half(W), half(b), A.float(), B.float(), 0.7)
-    error = lambda y: float(((y - exact).norm() / exact.norm()).detach())  # noqa: E731
+    error = lambda y: float(((y - exact).norm() / exact.norm()).detach())
     assert ours.dtype == torch.bfloat16 and error(ours) <= 1.2 * error(plain) < 1e-2
 
 
@@ -159,7 +163,9 @@ def test_compiles_to_one_graph(device):
 
     class Two(nn.Module):
         def forward(self, x):
-            return lowrank_linear(torch.tanh(lowrank_linear(x, W, b, A, B, 0.7)), W.mT.contiguous(), None, B.mT, A.mT, 0.7)
+            return lowrank_linear(
+                torch.tanh(lowrank_linear(x, W, b, A, B, 0.7)), W.mT.contiguous(), None, B.mT, A.mT, 0.7
+            )
 
     x = torch.randn(5, 24, dtype=torch.float64, device=device, requires_grad=True)
     with dispatch.backend("triton"):

@@ -1,9 +1,14 @@
 """Metrics by name, and the same numbers when samples are spread over ranks."""
 
 import inspect
+import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,37 +68,37 @@ def test_batches_and_merged_states_change_nothing(name):
     assert equal(left.compute(), whole.compute())
 
 
-def rank_main(rank, world, address, results):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
-    for name in TEXT:
-        predictions, references, kinds = corpus_for(name, 11)
-        metric = load_metric(name)
-        mine = slice(0, 3) if rank == 0 else slice(3, 11)  # unequal, in unequal numbers of batches
-        metric.update(predictions[mine], references[mine], kinds[mine])
-        if rank:
-            metric.update([], [], [])
-        results[rank, name] = {k: v.item() for k, v in metric.compute().items()}
-    dist.destroy_process_group()
-
-
 def test_two_ranks_give_what_one_gives(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    with context.Manager() as manager:
-        results = manager.dict()
-        ranks = [context.Process(target=rank_main, args=(r, 2, tmp_path / "store", results)) for r in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(60)
-        assert [p.exitcode for p in ranks] == [0, 0]
-        for name in TEXT:
-            single = load_metric(name)
-            single.update(*corpus_for(name, 11))
-            expected = {k: v.item() for k, v in single.compute().items()}
-            for rank in range(2):
-                assert results[rank, name] == pytest.approx(expected, abs=1e-6, nan_ok=True), name
+    corpora = {name: corpus_for(name, 11) for name in TEXT}
+    (tmp_path / "corpus.json").write_text(json.dumps(corpora))
+    script, root = Path(__file__).with_name("rank_script.py"), Path(__file__).parents[2]
+    results = [tmp_path / f"{rank}.json" for rank in range(2)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(script),
+                str(rank),
+                str(tmp_path / "store"),
+                str(tmp_path / "corpus.json"),
+                str(result),
+            ],
+            env=environment,
+        )
+        for rank, result in enumerate(results)
+    ]
+    try:
+        assert [rank.wait(90) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for name, lists in corpora.items():
+        single = load_metric(name)
+        single.update(*lists)
+        expected = {k: v.item() for k, v in single.compute().items()}
+        for result in results:
+            assert json.loads(result.read_text())[name] == pytest.approx(expected, abs=1e-6, nan_ok=True), name
 
 
 def test_torchmetrics_own_against_one_line_formulas():

@@ -110,7 +110,7 @@ def test_two_adapters_compose_left_to_right_and_average(name):
 @NAMES
 def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
     model, x, base = build(name, LINEAR)
-    mmpeft.attach(model, {"site.weight": ROWS[name].method}, name="b", example=x)
+    mmpeft.attach(model, {"site": ROWS[name].method}, name="b", example=x)
     shake(model, name, "a", 1)
     shake(model, name, "b", 2)
     with torch.no_grad():
@@ -119,9 +119,9 @@ def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
             mmpeft.use(model, adapter)
             singles[adapter] = model(x)
         rows = ["a", None, "b"]
-        biased = any("bias" in d.site.tensor for d in deltas(model))  # a bias is read, so it cannot differ
+        biased = any("bias" in d.site.tensor for d in deltas(model))  # a bias is read, so all rows share it
         if not ROWS[name].factored or biased:
-            with pytest.raises(MmpeftError, match="rows= at site"), mmpeft.use(model, rows=rows):
+            with pytest.raises(MmpeftError, match=r"(?s)rows=.*site\.weight"), mmpeft.use(model, rows=rows):
                 model(x)
             return
         with mmpeft.use(model, rows=rows):
@@ -201,10 +201,9 @@ def test_expert_stacks_work_or_are_refused_by_name(name):
     stored = first.site.layout.to_matrix(model.site._parameters[first.site.tensor])
     with torch.no_grad():
         W = method.weight(stored, first)
-        for e in range(3):  # each expert alone gives the same
+        for e in range(3 if name not in ("did", "said") else 0):  # each expert alone gives the same; these project the stack
             tensors = {n: t if n in SHARED.get(name, ()) else t[e] for n, t in first._parameters.items()}
-            if name not in ("did", "said"):
-                assert close(W[e], define_small(name, stored[e], tensors), 1e-5)
+            assert close(W[e], define_small(name, stored[e], tensors), 1e-5)
 
 
 # The experts' sides are 8 x 6 and 6 x 4.
@@ -235,7 +234,7 @@ def define_small(name, W, tensors):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (lambda: mmpeft.KronA(a1=5), "a1 5 at 0.weight does not divide its rows of 24; it could be 3, 4, 6, 8"),
+        (lambda: mmpeft.KronA(a1=5), "a1 5 at 0.weight does not divide its rows of 24; it could be 2, 3, 4, 6"),
         (lambda: mmpeft.C3A(block_size=3), "columns of 16"),
         (lambda: mmpeft.OFT(block_size=3), "columns of 16"),
         (lambda: mmpeft.BOFT(block_size=4, m=4), "columns of 16"),

@@ -1,0 +1,29 @@
+"""One rank of test_registry's two: `python rank_script.py RANK STORE CORPUS RESULT`. A program of its own, not a fork.
+
+CORPUS is JSON: metric name -> [predictions, references, kinds]; this rank takes its part and writes the joint scores.
+"""
+
+import json
+import sys
+
+import torch.distributed as dist
+
+from mmpeft.metrics import load_metric
+
+
+def main(rank: int, store: str, corpus: str, result: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    scores = {}
+    for name, lists in json.load(open(corpus)).items():
+        metric = load_metric(name)
+        mine = slice(0, 3) if rank == 0 else slice(3, None)  # unequal shares, in unequal numbers of batches
+        metric.update(*(entries[mine] for entries in lists))
+        if rank:
+            metric.update([], [], [])
+        scores[name] = {key: value.item() for key, value in metric.compute().items()}
+    json.dump(scores, open(result, "w"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
