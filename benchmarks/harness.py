@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 def clocks() -> str:
     """SM clock, power and temperature now: rounds that differ by more than 3 % are not compared."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(query, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def free() -> None:

@@ -96,7 +96,7 @@ def batches(shape: Shape, device: str = "cuda") -> list[tuple[torch.Tensor, torc
 def build_mmpeft(shape: Shape, _: argparse.Namespace) -> Callable[[int], Any]:
     """The fused step, captured as one CUDA graph."""
     from mmpeft.kernels import fuse
-    from mmpeft.kernels.llama import TrainStep
+    from mmpeft.kernels.step import TrainStep
 
     model = make_model(shape)
     found = {}

@@ -91,7 +91,7 @@ class Propulsion(OutputGain, name="propulsion"):
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
         gain = self.gain(p)
-        return W * gain if "bias" in p.site.tensor else W * gain.unsqueeze(-1)
+        return W * (gain if "bias" in p.site.tensor else gain.unsqueeze(-1))
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,10 @@ class SSF(OutputGain, name="ssf"):
         return Factors(row=p.gamma)
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
+        gamma: Tensor = p.gamma
         if "beta" in p._parameters:
-            return W * p.gamma + p.beta
-        return W * p.gamma if W.ndim == 1 else W * p.gamma.unsqueeze(-1)
+            return torch.addcmul(p.beta, W, gamma)
+        return W * (gamma if W.ndim == 1 else gamma.unsqueeze(-1))
 
 
 @dataclass(frozen=True)

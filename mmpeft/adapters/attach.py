@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters import freeze as freezing
-from mmpeft.adapters.classes import adapt, restore, spec_of
+from mmpeft.adapters.classes import adapt, check_restorable, restore, spec_of
 from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.example import defer, example_of, forget
 from mmpeft.adapters.liveness import as_call, prove
@@ -176,6 +176,9 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
         _bake(model, state)
         name = None
     gone = set(state.entries) if name is None else {name}
+    if gone == set(state.entries):
+        for _, owner, _ in slots(model):
+            check_restorable(owner)
     if gone & set(state.merged):
         from mmpeft.adapters.switch import unmerge
 

@@ -29,17 +29,21 @@ def adapt(owner: nn.Module, tensors: frozenset[str], wraps: bool, root: bool = F
     owner.__class__ = _generate(cls, tensors | old_tensors, wraps or old_wraps, root or old_root)
 
 
-def restore(owner: nn.Module) -> None:
-    """Give back the very class the owner had.
+def check_restorable(owner: nn.Module) -> None:
+    """Refuse to detach from an owner whose class something else swapped again.
 
     Raises:
-        Unsupported: something swapped the class again since (`fully_shard`, a parametrization).
+        Unsupported: after `fully_shard` or a parametrization.
     """
     if "_mmpeft_spec" not in type(owner).__dict__:
         raise Unsupported(
             f"{type(owner).__name__} was given another class after attach (fully_shard or a parametrization); "
             "detach before that"
         )
+
+
+def restore(owner: nn.Module) -> None:
+    """Give back the very class the owner had."""
     owner.__class__ = spec_of(type(owner))[0]
     if isinstance(owner, nn.RNNBase):
         owner._flat_weights = [owner._parameters[name] for name in owner._flat_weights_names]

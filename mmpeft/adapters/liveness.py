@@ -284,12 +284,12 @@ def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
             model(*args, **kwargs)
     finally:
         state.watching = False
-    for place in places:
-        before, after = first[id(place.slot)], place.slot.inputs
-        place.slot.inputs = []
-        if not before and not place.slot.reads:
+    for slot in {id(place.slot): place.slot for place in places}.values():
+        before, after = first[id(slot)], slot.inputs
+        slot.inputs = []
+        if not before and not slot.reads:
             continue  # unreached
-        place.slot.rows_fit = (
+        slot.rows_fit = (
             bool(before)
             and len(before) == len(after)
             and all(

@@ -147,28 +147,20 @@ class VeRA(Method, name="vera"):
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
         out, rank = base.shape[0], self.rank
-        first = self._key not in context.shared
-        A, B = self._projections(context, base)
+        sizes = (max(s.shape[1] for s in context.sites), max(s.shape[0] for s in context.sites))
+        key = (self.name, self.seed, self.rank, sizes)
+        first = key not in context.shared
+        if first:
+            generator = torch.Generator().manual_seed(self.seed)
+            context.shared[key] = [
+                nn.Parameter(projection(*shape, generator).to(base.device, wide(base.dtype)), False)
+                for shape in ((self.rank, sizes[0]), (sizes[1], self.rank))
+            ]
+        A, B = context.shared[key]
         d = torch.full((rank,), self.d_initial, dtype=wide(base.dtype), device=base.device)
         saved = {"A": A, "B": B} if first and self.save_projection else {}  # shared by all sites, saved by one
         derived = {} if saved else {"A": A, "B": B}
         return Tensors({"d": d, "b": zeros(out, like=base)}, frozen=saved, derived=derived)
-
-    @property
-    def _key(self) -> tuple[str, int, int]:
-        return (self.name, self.seed, self.rank)
-
-    def _projections(self, context: Context, like: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-        if self._key not in context.shared:
-            outs = [s.shape[0] for s in context.sites]
-            ins = [s.shape[1] for s in context.sites]
-            generator = torch.Generator().manual_seed(self.seed)
-            context.shared[self._key] = tuple(
-                nn.Parameter(projection(*shape, generator).to(like.device, wide(like.dtype)), False)
-                for shape in ((self.rank, max(ins)), (max(outs), self.rank))
-            )
-        A, B = context.shared[self._key]
-        return A, B
 
     def factors(self, W: Tensor, p: Delta) -> Factors:
         out, into = W.shape

@@ -190,9 +190,8 @@ def begin_delta_lora(model: nn.Module, name: str | None = None) -> int:
 
 @dataclass(frozen=True)
 class RoseLoRA(LowRank, name="roselora"):
-    """LoRA whose rows of A and columns of B are sparse (arXiv 2406.10777), `W' = W + alpha / rank * (B * mask_B)(A * mask_A)`: of every
-    row of A and column of B a share `1 - sparsity` is kept, chosen by smoothed sensitivity |w g| as a `Pruner` runs
-    (`sparsify.py`); the masks start full and are saved.
+    """LoRA whose rows of A and columns of B are sparse (arXiv 2406.10777), so that B A is sparse too. Which entries stay is the
+    business of a `RosePruner` (`sparsify.py`), which zeroes the rest after every step; a zero may come back while the schedule runs.
 
     Args:
         sparsity: final share of zeros in every row of A and column of B.
@@ -204,14 +203,6 @@ class RoseLoRA(LowRank, name="roselora"):
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ConfigError(f"sparsity {self.sparsity}; expected 0 <= sparsity < 1")
-
-    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        assert base is not None
-        pair = self.pair(base)
-        return Tensors(pair, frozen={f"mask_{n}": torch.ones_like(t) for n, t in pair.items()})
-
-    def factors(self, W: Tensor, p: Delta) -> Factors | None:
-        return Factors(p.A * p.mask_A, p.B * p.mask_B, self.scale)
 
 
 @dataclass(frozen=True)

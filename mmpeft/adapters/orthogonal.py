@@ -133,11 +133,11 @@ class BOFT(Method, name="boft"):
 
 
 def butterfly(n: int, b: int, j: int, device: torch.device) -> Tensor:
-    """Order of the n columns in which factor j's blocks are contiguous: in every span of b 2^j columns, cut in chunks of b / 2,
-    the even chunks come first (j = 0: nothing moves)."""
+    """Order of the n columns in which factor j's blocks are contiguous: every span of b 2^j columns is cut in chunks of b / 2, and a
+    block holds one chunk of the span's first half beside the same of its second (j = 0: nothing moves)."""
     if j == 0:
         return torch.arange(n, device=device)
-    chunks = torch.arange(n, device=device).view(-1, 2**j, 2, b // 2)  # [spans, pairs of chunks, even or odd, b / 2]
+    chunks = torch.arange(n, device=device).view(-1, 2, 2**j, b // 2)  # [spans, halves, chunks of a half, b / 2]
     return chunks.transpose(1, 2).reshape(-1)
 
 

@@ -33,6 +33,7 @@ from mmpeft.adapters.peft_codecs import CONFIG, TENSORS, full_key
 from mmpeft.adapters.peft_encode import encode
 from mmpeft.adapters.peft_write import Writer
 from mmpeft.adapters.store import _choose, _gather, deltas_of
+from mmpeft.adapters.switch import use
 from mmpeft.errors import ConfigError, Unsupported
 
 log = logging.getLogger("mmpeft")
@@ -113,7 +114,7 @@ def _refuse_uncalled(model: nn.Module, writer: Writer, example: Any) -> None:
     training = model.training
     try:
         model.eval()
-        with torch.no_grad():
+        with use(model, None), torch.no_grad():
             model(*args, **kwargs)
     finally:
         model.train(training)

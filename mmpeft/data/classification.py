@@ -1,6 +1,6 @@
 """Labelled inputs for classification and regression: folders of images, tables of images, sounds or texts.
 
-A sample is `{"id", "input", "target"}`: the input undecoded (a path, a text), the target a class number or a float. A
+A sample is `{"id", "input", "label"}`: the input undecoded (a path, a text), the label a class number or a float. A
 data set says what a head needs to know: `modality`, `classes` (None for regression), `num_outputs`.
 """
 
@@ -103,7 +103,7 @@ class LabelledDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         id, value = self.read(index)
-        return {"id": id, "input": value, "target": self.targets[index]}
+        return {"id": id, "input": value, "label": self.targets[index]}
 
     def length_hint(self, index: int) -> int:
         """Characters of a text; other inputs are not opened for it."""

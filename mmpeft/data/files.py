@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,9 @@ class JsonLinesFile:
         start, length, number = self._spans[index]
         return self._parse(self._bytes[start : start + length], int(number))
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
     def where(self, index: int) -> str:
         """'file.jsonl, line 7' for a message."""
         return f"{self.path.name}, line {self._spans[index][2]}"
@@ -96,7 +100,7 @@ def read_table(path: PathLike) -> list[dict[str, Any]]:
     ending = found.suffix.lower()
     if ending not in _TABLES:
         raise FileFormatError(f"{found}: cannot read a table from {ending!r}; readable are {', '.join(_TABLES)}")
-    rows = _TABLES[ending](found)
+    rows: list[dict[str, Any]] = _TABLES[ending](found)
     if not rows:
         raise FileFormatError(f"{found} has no rows")
     return rows
@@ -125,5 +129,5 @@ _TABLES: dict[str, Any] = {
     ".csv": lambda path: _read_separated(path, delimiter=","),
     ".tsv": lambda path: _read_separated(path, delimiter="\t"),
     ".json": _read_list,
-    ".jsonl": lambda path: list(iter(JsonLinesFile(path))),
+    ".jsonl": lambda path: [*JsonLinesFile(path)],
 }

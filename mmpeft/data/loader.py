@@ -45,7 +45,7 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """Called by torch in its pinning thread."""
-        return Loaded(pin(self.batch), self.bad)
+        return Loaded(pin(self.batch), self.bad)  # type: ignore[no-untyped-call]
 
 
 class EncodedDataset(Dataset[Any]):
@@ -162,11 +162,23 @@ class _Keys:
         return iter(self.batches)
 
 
-class _Epoch:
-    """Where Lightning looks for `set_epoch`: `loader.batch_sampler.sampler`."""
+class Progress:
+    """The epoch and the batches taken of it. Stands where Lightning looks for `set_epoch`: `loader.batch_sampler.sampler`.
 
-    def __init__(self, loader: Loader) -> None:
-        self.sampler, self.set_epoch = self, loader.set_epoch
+    It knows nothing of the loader: in a reference cycle, torch's persistent workers take 5 s each to shut down.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = self.position = self.start = 0
+
+    @property
+    def sampler(self) -> Progress:
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the head of `epoch`, unless a restored state is somewhere in it."""
+        if epoch != self.epoch:
+            self.epoch, self.position, self.start = epoch, 0, 0
 
 
 class Loader:
@@ -180,6 +192,7 @@ class Loader:
         workers: processes that read and encode; 0 is this one.
 
     Attributes:
+        batch_sampler: the epoch and the position in it.
         bad: sample -> reason, for every sample skipped so far (`on_bad="skip"`).
     """
 
@@ -202,7 +215,6 @@ class Loader:
     ) -> None:
         self.dataset, self.train, self.shuffle, self.seed = dataset, train, shuffle, seed
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.epoch = self.position = self._start = 0
         self.bad: dict[str, str] = {}
         self.lengths = _lengths(dataset) if bucket else None
         self._plan(0)  # refuses a bad size before training starts
@@ -210,37 +222,33 @@ class Loader:
         self._keys = _Keys()
         self._torch: DataLoader[Any] = DataLoader(
             encoded,
-            batch_sampler=self._keys,  # type: ignore[arg-type]
-            collate_fn=encoded.collate,
+            batch_sampler=self._keys,
+            collate_fn=encoded.collate,  # type: ignore[arg-type]
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(mix(seed, rank)),
         )
-        self.batch_sampler = _Epoch(self)
+        self.batch_sampler = Progress()
 
     def __len__(self) -> int:
         return batches_per_epoch(len(self.dataset), self.batch_size, world=self.world)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the head of `epoch`, unless a restored state is somewhere in it."""
-        if epoch != self.epoch:
-            self.epoch, self.position, self._start = epoch, 0, 0
-
     def __iter__(self) -> Iterator[Any]:
         # a generator: nothing happens before the first `next`, by which time Lightning has told the epoch
-        epoch, self.position, self._start = self.epoch, self._start, 0
-        self._keys.batches = [[(epoch, i) for i in batch] for batch in self._plan(epoch)[self.position :]]
+        at = self.batch_sampler
+        epoch, at.position, at.start = at.epoch, at.start, 0
+        self._keys.batches = [[(epoch, i) for i in batch] for batch in self._plan(epoch)[at.position :]]
         for loaded in self._torch:
             self._report(loaded.bad)
-            self.position += 1  # before the yield: a checkpoint after this batch counts it
+            at.position += 1  # before the yield: a checkpoint after this batch counts it
             if loaded.batch is None:
                 continue
             if self.train:
-                torch.manual_seed(mix(self.seed, epoch, self.position, self.rank))
+                torch.manual_seed(mix(self.seed, epoch, at.position, self.rank))
             yield loaded.batch
-        if self.train and self.epoch == epoch:  # without Lightning, the next `for` is the next epoch
-            self.set_epoch(epoch + 1)
+        if self.train and at.epoch == epoch:  # without Lightning, the next `for` is the next epoch
+            at.set_epoch(epoch + 1)
 
     @property
     def _iterator(self) -> Any:
@@ -253,8 +261,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and batches taken, and what gives them their meaning."""
-        done = self.position >= len(self)
-        state = {"epoch": self.epoch + 1, "position": 0} if done else {"epoch": self.epoch, "position": self.position}
+        at = self.batch_sampler
+        done = at.position >= len(self)
+        state = {"epoch": at.epoch + 1, "position": 0} if done else {"epoch": at.epoch, "position": at.position}
         return {**state, **self._meaning()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,8 +279,8 @@ class Loader:
                 f"cannot resume in the middle of epoch {state['epoch']}: {words}. "
                 "Restore the setting, or resume from a checkpoint made at the end of an epoch"
             )
-        self.epoch = state["epoch"]
-        self.position = self._start = state["position"]
+        at = self.batch_sampler
+        at.epoch, at.position, at.start = state["epoch"], state["position"], state["position"]
 
     def _meaning(self) -> dict[str, int]:
         return {"size": len(self.dataset), "batch_size": self.batch_size, "seed": self.seed, "world": self.world}

@@ -73,6 +73,7 @@ class DataModule(_lightning.LightningDataModule):  # type: ignore[misc]
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        self._check_classes()
         if on_bad not in ("refuse", "skip"):
             raise ConfigError(f"on_bad must be 'refuse' or 'skip', got {on_bad!r}")
         if workers < 0:
@@ -83,7 +84,18 @@ class DataModule(_lightning.LightningDataModule):  # type: ignore[misc]
         self.processor: Processor | None = None
         self.loaders: dict[str, Loader] = {}
         if val is None:  # Lightning then skips validation without a warning about an empty loader
-            self.val_dataloader = None
+            self.val_dataloader = None  # type: ignore[method-assign, assignment]
+
+    def _check_classes(self) -> None:
+        """Labelled splits must number their classes alike, or a head is scored on other classes than it learnt."""
+        classes = {split: d.classes for split, d in self.datasets.items() if getattr(d, "classes", None) is not None}
+        for split, names in classes.items():
+            first = next(iter(classes))
+            if list(names) != list(classes[first]):
+                raise ConfigError(
+                    f"the classes of {split!r} are {names}, those of {first!r} {classes[first]}: give both datasets "
+                    "the same classes=[...]"
+                )
 
     def loader(self, split: Split) -> Loader:
         """The batches of one split, for this rank.

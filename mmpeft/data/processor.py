@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from mmpeft.data.samples import Sample
-from mmpeft.multimodal.conversation import IGNORE
-from mmpeft.multimodal.conversation import Sample as Encoded
+from mmpeft.multimodal.sample import IGNORE
+from mmpeft.multimodal.sample import Sample as Encoded
 
 
 class Processor(Protocol):

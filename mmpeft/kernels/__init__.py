@@ -16,7 +16,8 @@ transformers probes for. Imported under that name, this file steps aside: it loa
 from __future__ import annotations
 
 if __name__ == "mmpeft.kernels":
-    from mmpeft.kernels.lowrank import PackedGroup, lowrank_group, lowrank_linear
+    from mmpeft.kernels.lowrank import lowrank_linear
+    from mmpeft.kernels.packed import PackedGroup, lowrank_group
     from mmpeft.kernels.reference import dropout_mask
 
     __all__ = ["PackedGroup", "dropout_mask", "lowrank_group", "lowrank_linear"]

@@ -8,14 +8,14 @@ compared with the model's own on random tokens, so an unknown variation (a gate,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import NameNotFound, Unsupported, nearest
 from mmpeft.kernels.llama import Block, FusedLlama, Group
-from mmpeft.kernels.lowrank import PackedGroup
+from mmpeft.kernels.packed import PackedGroup
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -49,7 +49,7 @@ def from_model(
     packed = [_block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)]) for layer in decoder.layers]
     if unused:
         known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise NameNotFound(f"no fused linear at {sorted(unused)[0]!r}{nearest(sorted(unused)[0], known)}")
+        raise NameNotFound(f"no fused linear at {min(unused)!r}{nearest(min(unused), known)}")
     attention = packed[0][1]
     d = attention.head_dim
     head = model.get_output_embeddings().weight
@@ -70,7 +70,7 @@ def from_model(
     return fused
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: nn.Module) -> Any:
     for module in model.modules():
         if all(hasattr(module, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
             return module

@@ -14,9 +14,7 @@ Limits: causal attention over whole rows (right padding is fine, packed document
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,65 +25,8 @@ from mmpeft.errors import ConfigError
 from mmpeft.kernels import attention, fused_ops, sweep
 from mmpeft.kernels.adamw import FlatAdamW, Slot
 from mmpeft.kernels.dispatch import use_triton
-from mmpeft.kernels.lowrank import LEADING_MULTIPLE, PackedGroup, mm_wide, round_up
+from mmpeft.kernels.group import Group, linear
 from mmpeft.kernels.xent import head_loss
-
-
-@dataclass
-class Group:
-    """Linears that share an input: their packed weights, and where their gradients lie in the flat buffer."""
-
-    packed: PackedGroup
-    masters: list[tuple[Tensor, Tensor] | None]  # (A [r, in], B [out, r]) of each member
-    A_start: int = 0  # all members' A, one after another: [sum r, in]
-    B_starts: list[int] = field(default_factory=list)
-
-    def wide(self, T: int, n: int) -> Tensor:
-        """An uninitialised [T, n + R] buffer for [x | S] or [dy | dS]."""
-        R = self.packed.rank
-        return self.packed.buffer.new_empty(T, round_up(n + R, LEADING_MULTIPLE))[:, : n + R]
-
-    def slots(self, start: int) -> Iterator[tuple[Tensor, Slot]]:
-        """(master, slot) in flat order, from `start` on: the A of every member, then the B."""
-        p, at, self.A_start = self.packed, start, start
-        pairs = [m for m in self.masters if m is not None]
-        parts = [(a, b, s) for m, a, b, s in zip(self.masters, p.A_parts, p.B_parts, p.scales, strict=True) if m]
-        for (A, _), (a, _, _) in zip(pairs, parts, strict=True):
-            yield A, Slot(tuple(A.shape), a)
-            at += A.numel()
-        self.B_starts = []
-        for (_, B), (_, b, s) in zip(pairs, parts, strict=True):
-            self.B_starts.append(at)
-            yield B, Slot(tuple(B.shape), b, s)
-            at += B.numel()
-
-    def forward(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """wide [T, in + R] with x in its first columns -> (y [T, out], S [T, R])."""
-        n = self.packed.in_features
-        S = wide[:, :n] @ self.packed.A.mT
-        wide[:, n:].copy_(S)
-        return _linear(wide, self.packed.forward_weight, self.packed.bias), S
-
-    def backward(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool, need_dx: bool = True) -> Tensor | None:
-        """wide [T, out + R] with dy in its first columns (dS is filled in) -> dx [T, in]; writes dB."""
-        p, row, first = self.packed, 0, 0
-        dy = wide[:, : p.out_features]
-        torch.mm(dy, p.B, out=wide[:, p.out_features :])
-        starts = iter(self.B_starts)
-        for out, r, s in zip(p.outs, p.ranks, p.scales, strict=True):
-            if r:
-                start = next(starts)
-                dB = flat[start : start + out * r].view(out, r)
-                product_into(dB, dy[:, row : row + out].mT, S[:, first : first + r], s, accumulate)
-            row, first = row + out, first + r
-        return wide @ p.backward_weight if need_dx else None
-
-    def backward_A(self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool) -> None:
-        """Writes dA = dS^T x of all members, from `wide` as `backward` left it."""
-        p, r = self.packed, sum(self.packed.ranks)
-        if r:
-            dA = flat[self.A_start : self.A_start + r * p.in_features].view(r, p.in_features)
-            product_into(dA, wide[:, p.out_features : p.out_features + r].mT, x, 1.0, accumulate)
 
 
 @dataclass
@@ -213,7 +154,7 @@ class FusedLlama:
         o, kept = attention.forward(q, k, v, self.scale)
         o = o.reshape(T, -1)
         S_o = o @ block.o.packed.A.mT
-        delta = _linear(o, block.o.packed.W, block.o.packed.bias).addmm_(S_o, block.o.packed.B.mT)
+        delta = linear(o, block.o.packed.W, block.o.packed.bias).addmm_(S_o, block.o.packed.B.mT)
         n = block.gate_up.wide(T, h)
         x_mid, rstd2 = fused_ops.add_rmsnorm(x, delta, block.norm2, self.eps, n[:, :h])
         gate_up, S_gu = block.gate_up.forward(n)
@@ -221,7 +162,7 @@ class FusedLlama:
         f = gate_up.shape[1] // 2
         act = block.down.wide(T, f)
         S_d = fused_ops.swiglu_shrink(gate_up, act, block.down.packed.A)
-        delta = _linear(act, block.down.packed.forward_weight, block.down.packed.bias)
+        delta = linear(act, block.down.packed.forward_weight, block.down.packed.bias)
         return x_mid, delta, (x, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, rstd2, S_gu, gate_up, S_d)
 
     @torch.no_grad()
@@ -331,32 +272,6 @@ class FusedLlama:
         return self._tables[S]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.mT) if bias is None else torch.addmm(bias, x, weight.mT)
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
-    """out = alpha a @ b (+ out); a, b of the model's dtype, out fp32 or theirs."""
-    if a.is_cuda and out.dtype != a.dtype and _addmm_widens(a.dtype):
-        beta = 1.0 if accumulate else 0.0
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        product = mm_wide(a, b).mul_(alpha)
-        out.add_(product) if accumulate else out.copy_(product)
-
-
-@functools.cache
-def _addmm_widens(dtype: torch.dtype) -> bool:
-    """Whether this torch's addmm writes an fp32 result of half-precision factors in place (one launch instead of three)."""
-    a = torch.ones(16, 16, dtype=dtype, device="cuda")
-    out = torch.ones(16, 16, device="cuda")
-    try:
-        torch.ops.aten.addmm.dtype_out(out, a, a, torch.float32, beta=1.0, alpha=0.5, out=out)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((out == 9).all())
-
-
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model: FusedLlama, x: Tensor, labels: Tensor, rows: Tensor | None, *masters: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
@@ -373,61 +288,3 @@ class _Loss(torch.autograd.Function):
         dx = model.backward(tape, flat, need_dx=ctx.needs_input_grad[1])
         parts = flat.split([s.numel for s in model.slots])
         return None, dx, None, None, *(g.view(s.shape) for g, s in zip(parts, model.slots, strict=True))
-
-
-class TrainStep:
-    """Forward, backward and optimizer at one batch shape, as one CUDA graph where there is a GPU.
-
-    step = TrainStep(model, model.optimizer(lr=1e-4), batch=8, length=1024); loss = step(ids, labels)
-
-    The loss is a device tensor that the next call overwrites; nothing here waits for the device.
-    """
-
-    def __init__(
-        self, model: FusedLlama, optimizer: FlatAdamW, *, batch: int, length: int, rows: int | None = None
-    ) -> None:
-        device = model.embedding.device
-        self.model, self.optimizer = model, optimizer
-        self.ids, self.labels = (torch.zeros(batch, length, dtype=torch.int64, device=device) for _ in range(2))
-        self.rows = None if rows is None else torch.zeros(rows, dtype=torch.int64, device=device)
-        self._graph: Any = None
-
-    def __call__(self, ids: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
-        """One update on ids, labels [B, S]; the mean loss before it. `rows`: supervised positions, as many as announced."""
-        self.ids.copy_(ids, non_blocking=True)
-        self.labels.copy_(labels, non_blocking=True)
-        if self.rows is not None and rows is not None:
-            self.rows.copy_(rows, non_blocking=True)
-        if not self.ids.is_cuda:
-            return self._run()
-        if self._graph is None:
-            self._capture()
-        self._graph.replay()
-        return self._loss
-
-    def _run(self) -> Tensor:
-        loss, tape = self.model.forward(F.embedding(self.ids, self.model.embedding), self.labels, self.rows)
-        self.model.backward(tape, self.optimizer.grad)
-        self.optimizer.step()
-        return loss
-
-    def _capture(self) -> None:
-        state = [t.clone() for t in self._state()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run()  # compiles the kernels and picks the attention; undone below
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        for t, before in zip(self._state(), state, strict=True):
-            t.copy_(before)
-        self.optimizer.refresh()
-        del state, t, before
-        torch.cuda.empty_cache()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = self._run()
-
-    def _state(self) -> Sequence[Tensor]:
-        o = self.optimizer
-        return o.flat, o.m, o.v, o.steps

@@ -1,19 +1,12 @@
-"""The fused low-rank linear, y = x W^T + b + s (x A^T) B^T, alone and for linears that share their input.
+"""The fused low-rank linear, y = x W^T + b + s (x A^T) B^T, a drop-in for three launches.
 
 A rank-16 update is 1 to 2 % of a linear's FLOPs but, as three launches, 25 to 250 % of its time: the wide tensors x, y and dy are
-read and written again for it. Two forms keep those passes down.
+read and written again for it. Here y = x W^T, then y += S (sB)^T by one GEMM with beta = 1: two extra launches, on any W as
+it lies in memory. `packed.lowrank_group` goes further for weights that may be laid out anew.
 
-    add-in-place  y = x W^T, then y += S (sB)^T by one GEMM with beta = 1: works on any W as it lies in memory
-    K-extended    activations [x | S], weights [W | sB]: one GEMM, the rank term accumulated in fp32 with the rest
-
-`PackedGroup` holds the weights of a group once, in a buffer whose spare columns and rows take the adapters' compute copies:
-
-    P = [[W, s blockdiag(B)],      forward   y  = [x  | S ] P[:out]^T     S  = x A^T
-         [A,        0       ]]     backward  dx = [dy | dS] P[:, :in]     dS = dy sB,  dA = dS^T x,  dB = s dy^T S
-
-The extended form copies its narrow operand into [. | S]; the in-place form re-reads its wide result. Each pass takes the cheaper one.
 W is frozen and never gets a gradient; A and B are masters of any dtype, cast to x's dtype (never the activations to theirs).
-Both are `torch.library` operators, so torch.compile sees one node each and CUDA graphs capture them.
+Dropout masks are redrawn in the backward, not kept. The operator is a `torch.library` one, so torch.compile sees one node and CUDA
+graphs capture it.
 """
 
 from __future__ import annotations
@@ -27,14 +20,6 @@ from torch import Tensor
 from mmpeft.errors import ConfigError
 from mmpeft.kernels import reference
 from mmpeft.kernels.dispatch import use_triton
-
-RANK_MULTIPLE = 16  # 32-byte rows for the rank columns: keeps every operand aligned for the tensor cores
-LEADING_MULTIPLE = 64  # leading dimension of packed buffers, in elements
-
-
-def round_up(n: int, multiple: int) -> int:
-    """n rounded up to a multiple."""
-    return -(-n // multiple) * multiple
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -79,99 +64,14 @@ def lowrank_linear(
     Raises:
         ConfigError: shapes that do not fit, a weight that requires a gradient, dropout without a seed.
     """
-    _check(x, [weight], [A], [B], dropout_p, seed)
-    x, weight, bias = _autocast(x, weight, bias)
+    check(x, [weight], [A], [B], dropout_p, seed)
+    x, weight, bias = to_autocast(x, weight, bias)
     if not use_triton(x):
         return reference.lowrank_linear(x, weight, bias, A, B, scale, dropout_p=dropout_p, seed=seed)
-    return torch.ops.mmpeft.lowrank_linear(x, weight, bias, A, B, scale, dropout_p, _seed(seed, x))[0]
+    return torch.ops.mmpeft.lowrank_linear(x, weight, bias, A, B, scale, dropout_p, seed_tensor(seed, x))[0]
 
 
-class PackedGroup:
-    """Weights of linears that share their input, laid out with room for their adapters.
-
-    Args:
-        weights: frozen [out_i, in], one dtype and device; copied once. `group.weights[i]` are views of the copy, to put back into
-            the modules so that nothing is stored twice.
-        biases: [out_i] or None, one a weight; or None for none at all.
-        ranks: rank of each member's adapter, 0 for a member without one.
-        scales: s of each member.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None] | None,
-        ranks: Sequence[int],
-        scales: Sequence[float],
-    ) -> None:
-        if not len(weights) == len(ranks) == len(scales) or not weights:
-            raise ConfigError(
-                f"{len(weights)} weights, {len(ranks)} ranks, {len(scales)} scales; expected as many of each"
-            )
-        if len({w.shape[1] for w in weights}) != 1:
-            raise ConfigError(f"a group shares its input; got weights {[tuple(w.shape) for w in weights]}")
-        self.in_features, self.outs = weights[0].shape[1], [w.shape[0] for w in weights]
-        self.out_features = sum(self.outs)
-        self.ranks, self.scales = list(ranks), [float(s) for s in scales]
-        self.rank = round_up(max(sum(ranks), 1), RANK_MULTIPLE)
-        rows, columns = self.out_features + self.rank, self.in_features + self.rank
-        self.buffer = weights[0].new_zeros(rows, round_up(columns, LEADING_MULTIPLE))
-        self.forward_weight = self.buffer[: self.out_features, :columns]  # [W | sB]
-        self.backward_weight = self.buffer[:rows, : self.in_features]  # [W ; A]
-        self.W = self.buffer[: self.out_features, : self.in_features]
-        self.A = self.buffer[self.out_features : rows, : self.in_features]  # [R, in]
-        self.B = self.buffer[: self.out_features, self.in_features : columns]  # [out, R], times s
-        self.weights = list(self.W.split(self.outs))
-        self.A_parts, self.B_parts, row, first = [], [], 0, 0
-        for out, r in zip(self.outs, self.ranks, strict=True):
-            self.A_parts.append(self.A[first : first + r])
-            self.B_parts.append(self.B[row : row + out, first : first + r])
-            row, first = row + out, first + r
-        self.bias = None
-        with torch.no_grad():
-            for view, w in zip(self.weights, weights, strict=True):
-                view.copy_(w)
-            if biases is not None and any(b is not None for b in biases):
-                parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-                self.bias = torch.cat([b.detach() for b in parts])
-
-    @torch.no_grad()
-    def refresh(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
-        """Rewrite the compute copies from the masters: once after each optimizer step."""
-        for r, s, a, b, A, B in zip(self.ranks, self.scales, self.A_parts, self.B_parts, As, Bs, strict=True):
-            if r:
-                a.copy_(A)
-                b.copy_(B * s)
-
-
-def lowrank_group(
-    x: Tensor,
-    group: PackedGroup,
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    *,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-) -> list[Tensor]:
-    """The group's linears on one x: list of [..., out_i], views of one tensor.
-
-    `group.refresh(As, Bs)` must have run since the masters last changed; the masters are given here because they receive the
-    gradients. With dropout, member i draws its own mask, from seed + i.
-    """
-    _check(x, group.weights, As, Bs, dropout_p, seed)
-    if not use_triton(x):
-        biases = [None] * len(As) if group.bias is None else list(group.bias.split(group.outs))
-        return [
-            reference.lowrank_linear(x, w, b, A, B, s, dropout_p=dropout_p, seed=None if seed is None else seed + i)
-            for i, (w, b, A, B, s) in enumerate(zip(group.weights, biases, As, Bs, group.scales, strict=True))
-        ]
-    y, _ = torch.ops.mmpeft.lowrank_group(
-        x, group.buffer, group.bias, list(As), list(Bs), group.outs, group.scales, dropout_p, _seed(seed, x)
-    )
-    return list(y.split(group.outs, -1))
-
-
-def _check(
+def check(
     x: Tensor,
     weights: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -179,6 +79,7 @@ def _check(
     p: float,
     seed: Tensor | int | None,
 ) -> None:
+    """Refuses what does not fit, before any work (raises ConfigError)."""
     for w, A, B in zip(weights, As, Bs, strict=True):
         if w.requires_grad:
             raise ConfigError(
@@ -195,20 +96,17 @@ def _check(
         raise ConfigError("dropout_p > 0 needs a seed: the mask is redrawn from it in the backward")
 
 
-def _seed(seed: Tensor | int | None, x: Tensor) -> Tensor | None:
+def seed_tensor(seed: Tensor | int | None, x: Tensor) -> Tensor | None:
+    """The seed as a tensor on x's device."""
     return None if seed is None else torch.as_tensor(seed, dtype=torch.int64, device=x.device)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def to_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What F.linear would run in under autocast; operators of our own are not on torch's list."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# One linear.
 
 
 @torch.library.custom_op("mmpeft::lowrank_linear", mutates_args=())
@@ -286,156 +184,3 @@ def _linear_grad(ctx, dy: Tensor, _dS: Tensor | None):  # type: ignore[no-untype
 
 
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# A group on a packed buffer. [x | S] and [dy | dS] are built only where they are the narrow side of their GEMM.
-
-
-def _views(P: Tensor, outs: list[int], n_in: int, As: list[Tensor]) -> tuple[int, int, Tensor, Tensor]:
-    """(out, R, A [R, in], sB [out, R]) of a packed buffer."""
-    out, R = sum(outs), round_up(max(sum(A.shape[0] for A in As), 1), RANK_MULTIPLE)
-    return out, R, P[out : out + R, :n_in], P[:out, n_in : n_in + R]
-
-
-def _extended(narrow: Tensor, R: int) -> Tensor:
-    """A buffer [T, n + R] with `narrow` [T, n] copied in; its last R columns are the caller's to fill."""
-    n = narrow.shape[1]
-    buffer = narrow.new_empty(narrow.shape[0], round_up(n + R, LEADING_MULTIPLE))[:, : n + R]
-    buffer[:, :n].copy_(narrow)
-    return buffer
-
-
-def _shrink(x: Tensor, a: Tensor, As: list[Tensor], p: float, seed: Tensor | None) -> Tensor:
-    """S = x A^T [T, R], each member's columns from its own dropped copy of x."""
-    if not p or seed is None:
-        return x @ a.mT
-    S, first = x.new_zeros(x.shape[0], a.shape[0]), 0
-    for i, A in enumerate(As):
-        r = A.shape[0]
-        S[:, first : first + r] = drop(x, p, seed + i) @ a[first : first + r].mT
-        first += r
-    return S
-
-
-@torch.library.custom_op("mmpeft::lowrank_group", mutates_args=())
-def _group(
-    x: Tensor,
-    P: Tensor,
-    bias: Tensor | None,
-    As: list[Tensor],
-    Bs: list[Tensor],
-    outs: list[int],
-    scales: list[float],
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    n_in = x.shape[-1]
-    flat = x.reshape(-1, n_in)
-    out, R, a, b = _views(P, outs, n_in, As)
-    S = _shrink(flat, a, As, p, seed)
-    if n_in < out:
-        wide = _extended(flat, R)
-        wide[:, n_in:].copy_(S)
-        y = F.linear(wide, P[:out, : n_in + R], bias)
-    else:
-        y = F.linear(flat, P[:out, :n_in], bias).addmm_(S, b.mT)
-    return y.view(*x.shape[:-1], out), S
-
-
-@_group.register_fake
-def _(
-    x: Tensor,
-    P: Tensor,
-    bias: Tensor | None,
-    As: list[Tensor],
-    Bs: list[Tensor],
-    outs: list[int],
-    scales: list[float],
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    R = round_up(max(sum(A.shape[0] for A in As), 1), RANK_MULTIPLE)
-    return x.new_empty(*x.shape[:-1], sum(outs)), x.new_empty(x.numel() // x.shape[-1], R)
-
-
-@torch.library.custom_op("mmpeft::lowrank_group_backward", mutates_args=())
-def _group_backward(
-    dy: Tensor,
-    x: Tensor,
-    P: Tensor,
-    As: list[Tensor],
-    S: Tensor,
-    outs: list[int],
-    scales: list[float],
-    p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [..., in], dA of all members [sum r, in], dB [out * r of each, flat])."""
-    n_in = x.shape[-1]
-    flat, dy2 = x.reshape(-1, n_in), dy.reshape(-1, dy.shape[-1])
-    out, R, a, b = _views(P, outs, n_in, As)
-    dS = dy2 @ b
-    dAs, dBs, row, first = [], [], 0, 0
-    for i, (A, o, s) in enumerate(zip(As, outs, scales, strict=True)):
-        ranks = slice(first, first + A.shape[0])
-        dBs.append(mm_wide(dy2[:, row : row + o].mT, S[:, ranks]).mul(s).reshape(-1))
-        dAs.append(mm_wide(dS[:, ranks].mT, drop(flat, p, None if seed is None else seed + i)))
-        row, first = row + o, ranks.stop
-    dA, dB = torch.cat(dAs).to(As[0].dtype), torch.cat(dBs).to(As[0].dtype)
-    if not need_dx:
-        return x.new_empty(0), dA, dB
-    if p and seed is not None:
-        dx, first = dy2 @ P[:out, :n_in], 0
-        for i, A in enumerate(As):
-            ranks = slice(first, first + A.shape[0])
-            dx.add_(drop(dS[:, ranks] @ a[ranks], p, seed + i))
-            first = ranks.stop
-    elif out < n_in:
-        wide = _extended(dy2, R)
-        wide[:, out:].copy_(dS)
-        dx = wide @ P[: out + R, :n_in]
-    else:
-        dx = (dy2 @ P[:out, :n_in]).addmm_(dS, a)
-    return dx.view(x.shape), dA, dB
-
-
-@_group_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    P: Tensor,
-    As: list[Tensor],
-    S: Tensor,
-    outs: list[int],
-    scales: list[float],
-    p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = sum(o * A.shape[0] for o, A in zip(outs, As, strict=True))
-    dA = As[0].new_empty(sum(A.shape[0] for A in As), x.shape[-1])
-    return x.new_empty(x.shape if need_dx else (0,)), dA, As[0].new_empty(total)
-
-
-def _group_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, P, _, As, _, ctx.outs, ctx.scales, ctx.p, seed = inputs
-    ctx.save_for_backward(x, P, output[1], seed, *As)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _group_grad(ctx, dy: Tensor, _dS: Tensor | None):  # type: ignore[no-untyped-def]
-    x, P, S, seed, *As = ctx.saved_tensors
-    need_dx = ctx.needs_input_grad[0]
-    dx, dA, dB = torch.ops.mmpeft.lowrank_group_backward(dy, x, P, As, S, ctx.outs, ctx.scales, ctx.p, seed, need_dx)
-    ranks = [A.shape[0] for A in As]
-    dAs = list(dA.split(ranks))
-    dBs = [
-        d.view(o, r)
-        for d, o, r in zip(dB.split([o * r for o, r in zip(ctx.outs, ranks)]), ctx.outs, ranks, strict=True)
-    ]
-    return dx if need_dx else None, None, None, dAs, dBs, None, None, None, None
-
-
-_group.register_autograd(_group_grad, setup_context=_group_setup)

@@ -287,12 +287,12 @@ def _rows_of_a_chunk(T: int, blocks: int, BM: int, processors: int) -> int:
 
     def filled(chunks: int) -> float:
         waves = blocks * chunks / processors
-        return waves / -(-blocks * chunks // processors)
+        return waves / triton.cdiv(blocks * chunks, processors)
 
     most = max(1, min(T // (4 * BM), 16 * processors // blocks))
     good = [n for n in range(1, most + 1) if filled(n) >= 0.96]
     chunks = good[0] if good else max(range(1, most + 1), key=filled)
-    return -(-(-(-T // chunks)) // BM) * BM
+    return triton.cdiv(triton.cdiv(T, chunks), BM) * BM
 
 
 def _pins(t: Tensor) -> bool:

@@ -44,7 +44,7 @@ class CaptionBLEU(BLEUScore):
         given = [sorted((" ".join(tokenize(r)) for r in texts), key=lambda t: len(t.split())) for texts in references]
         super().update(candidates, given)
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """`{"bleu_1": ..., "bleu_4": ...}`."""
         precision = self.numerator / self.denominator.clamp_min(1)
         brevity = torch.exp(torch.clamp(1 - self.target_len / self.preds_len.clamp_min(1), max=0.0))

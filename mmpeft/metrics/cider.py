@@ -57,7 +57,8 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
             grams = np.unique(grams * (len(words) + 1) + following, return_inverse=True)[1].reshape(-1)
         total += penalty * _similarity(grams, owner, image_of, images)
     score = np.bincount(image_of[reference_of], weights=total, minlength=images)
-    return 10.0 * score / (MAX_N * counts)
+    mean: Floats = 10.0 * score / (MAX_N * counts)
+    return mean
 
 
 def _similarity(grams: Ints, owner: Ints, image_of: Ints, images: int) -> Floats:
@@ -84,7 +85,8 @@ def _similarity(grams: Ints, owner: Ints, image_of: Ints, images: int) -> Floats
     overlap = np.where(shared, np.minimum(weight[mine][found], w_r) * w_r, 0.0)
     dot = np.bincount(caption[theirs] - images, weights=overlap, minlength=len(image_of) - images)
     scale = norm[image_of[images:]] * norm[images:]
-    return np.divide(dot, scale, out=np.zeros_like(dot), where=scale > 0)
+    cosine: Floats = np.divide(dot, scale, out=np.zeros_like(dot), where=scale > 0)
+    return cosine
 
 
 def _ids(captions: Sequence[Sequence[str]]) -> tuple[Ints, Ints]:

@@ -67,6 +67,6 @@ class WER(WordErrorRate):
         said = [self.normalize(text) for text in predictions]
         super().update(said, [self.normalize(texts[0]) for texts in references])
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]
         """`{"wer": errors / words}`; NaN without reference words."""
         return {"wer": super().compute()}

@@ -45,7 +45,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     for i in range(min(only_a, only_b)):
         term = term * (trials - i) // (i + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**trials)
+    return min(1.0, float(2 * tail / 2**trials))
 
 
 def paired_test(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mmpeft.tasks.classification import EncoderClassifier as EncoderClassifier
     from mmpeft.tasks.datasets import DigitLabels as DigitLabels
     from mmpeft.tasks.datasets import Docstrings as Docstrings
-    from mmpeft.tasks.datasets import LabelledLines as LabelledLines
     from mmpeft.tasks.generation import GenerationTask as GenerationTask
     from mmpeft.tasks.question_report import QuestionReport as QuestionReport
 
@@ -33,7 +32,6 @@ _LAZY = {
     "QuestionReport": "question_report",
     "DigitLabels": "datasets",
     "Docstrings": "datasets",
-    "LabelledLines": "datasets",
 }
 __all__ = sorted(_LAZY)
 

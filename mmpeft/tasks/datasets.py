@@ -1,92 +1,44 @@
-"""Labelled data sets of `ClassificationTask`: map-style, of samples {"id", "input", "label"}.
+"""Two labelled data sets that need no download: real handwritten digits, and the docstrings of installed libraries.
 
-`input` is what the encoder's `preprocess` takes (a path, a PIL image, a waveform, a text); `label` is a class name, a class
-number, or for regression a number. `LabelledLines` reads one's own files, the others need no download.
+They are `LabelledDataset`s as the readers of `mmpeft.data` are (`ImageFolder`, `Table`): samples {"id", "input", "label"}.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from mmpeft.data.classification import LabelledDataset, Labels
 from mmpeft.data.digits import load_digits
-from mmpeft.errors import BadSample, ConfigError, NameNotFound, nearest
+from mmpeft.errors import ConfigError, NameNotFound, nearest
 
 SPLITS = ("train", "test")
-Sample = dict[str, Any]
 
 
-class LabelledLines:
-    """JSON lines {"image" | "audio" | "text": ..., "label": ...}; paths are relative to the file's folder.
-
-    Args:
-        path: of the file.
-        modality: the key that is the input; None takes the one that the first line has.
-
-    Raises:
-        NameNotFound: no such file, or a line without the key.
-        BadSample: a line that is no JSON object; names the line.
-    """
-
-    def __init__(self, path: str, *, modality: str | None = None) -> None:
-        file = Path(path)
-        if not file.is_file():
-            raise NameNotFound(f"no file {path!r}")
-        self.folder, self.name = file.parent, file.name
-        self.rows = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                row["label"], row.keys()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise BadSample(f"{path}, line {number}: expected an object with a label, got {line[:60]!r}") from error
-            self.rows.append((number, row))
-        if not self.rows:
-            raise BadSample(f"{path} holds no sample")
-        known = ("image", "audio", "text")
-        self.modality = modality or next((k for k in known if k in self.rows[0][1]), "")
-        for number, row in self.rows:
-            if self.modality not in row:
-                raise NameNotFound(f"{path}, line {number}: no key {self.modality!r}; it has {', '.join(row)}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        number, row = self.rows[index]
-        value = row[self.modality]
-        path = value if self.modality == "text" else self.folder / value
-        return {"id": f"{self.name}:{number}", "input": path, "label": row["label"]}
-
-
-class DigitLabels:
+class DigitLabels(LabelledDataset):
     """scikit-learn's 1,797 handwritten digits as a classification data set; the split is that of `DigitsVQA`.
 
     Args:
         split: "train" (1,297 images) or "test" (500).
         size: only the first so many.
+        regression: the digit is a number to predict instead of one of ten classes.
     """
 
-    def __init__(self, split: str = "train", *, size: int | None = None) -> None:
+    def __init__(self, split: str = "train", *, size: int | None = None, regression: bool = False) -> None:
         _check_split(split)
         self.split = split
         self.images, by_digit = load_digits(split)
         digit_of = {i: digit for digit, indices in enumerate(by_digit) for i in indices}
-        self.labels = [digit_of[i] for i in range(len(self.images))][:size]
+        values = [digit_of[i] for i in range(len(self.images))][:size]
+        classes = None if regression else [str(digit) for digit in range(10)]
+        super().__init__("image", Labels(values, classes=classes, regression=regression, where="digits"))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Sample:
-        return {"id": f"digit/{self.split}/{index}", "input": self.images[index], "label": self.labels[index]}
+    def read(self, index: int) -> tuple[str, Any]:
+        return f"digit/{self.split}/{index}", self.images[index]
 
 
 LIBRARIES = ("numpy", "scipy.stats", "sklearn", "skimage", "torch", "transformers")
@@ -100,7 +52,7 @@ _MODULES = {
 }
 
 
-class Docstrings:
+class Docstrings(LabelledDataset):
     """A text task made of real sentences that every installation has: which library does a docstring describe?
 
     The first sentence of each public function's and class's docstring, as written, with names of libraries taken out;
@@ -130,23 +82,21 @@ class Docstrings:
                 raise NameNotFound(f"unknown library {library!r}; libraries are {', '.join(_MODULES)}{hint}")
         if len(libraries) < 2:
             raise ConfigError("Docstrings needs two libraries or more to tell apart")
-        self.rows: list[Sample] = []
+        rows: list[tuple[str, str, str]] = []
         for library in libraries:
             found = _sentences(library)
             if not found:
                 raise ConfigError(f"nothing of {library!r} is installed, so it has no docstrings")
             chosen = random.Random(library).sample(sorted(found), min(per_library, len(found)))
             held = set(chosen[: len(chosen) // 5])
-            for name in chosen:
-                if (name in held) == (split == "test"):
-                    self.rows.append({"id": name, "input": found[name], "label": library})
-        random.Random(split).shuffle(self.rows)
+            rows += [(name, found[name], library) for name in chosen if (name in held) == (split == "test")]
+        random.Random(split).shuffle(rows)
+        self.rows = rows
+        labels = Labels([row[2] for row in rows], classes=list(libraries), regression=False, where="docstrings")
+        super().__init__("text", labels)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.rows[index]
+    def read(self, index: int) -> tuple[str, Any]:
+        return self.rows[index][:2]
 
 
 def _sentences(library: str) -> dict[str, str]:

@@ -102,7 +102,7 @@ class _Called(nn.Module):
 
 def test_two_methods_at_one_site_of_one_adapter():
     model = TwoLayers().eval()
-    mmpeft.attach(model, [{"match": "one", "method": ["LoRA", {"IA3": {"side": "out"}}]}], example=X)
+    mmpeft.attach(model, [{"match": "one", "method": [{"LoRA": {"rank": 2}}, {"IA3": {"side": "out"}}]}], example=X)
     fill(model, "default")
     y = model(X)
     by_name = {d.method.name: d for d in deltas(model, "default") if d.site.tensor == "weight"}
@@ -339,5 +339,5 @@ def test_the_two_row_probe_sees_a_batch_that_is_not_first(model, x):
 
 def test_rows_of_another_length_than_the_batch():
     model = two(LORA, LORA)
-    with mmpeft.use(model, rows=["a", "b"]), pytest.raises(ConfigError, match="2 rows were given.*one"):
+    with mmpeft.use(model, rows=["a", "b"]), pytest.raises(ConfigError, match="one.weight: 2 rows were given"):
         model(X)

@@ -121,13 +121,13 @@ def test_vpt_on_other_towers_keeps_shapes_and_lives(build, stack, deep):
     torch.manual_seed(0)
     model = build()
     from mmpeft.adapters.example import example_of
-    from mmpeft.adapters.liveness import _tensors, as_call
+    from mmpeft.adapters.liveness import as_call, tensors_in
 
     args, kwargs = as_call(example_of(model))
     model.eval()
-    before = [t.shape for t in _tensors(model(*args, **kwargs))]
+    before = [t.shape for t in tensors_in(model(*args, **kwargs))]
     mmpeft.attach(model, {stack: mmpeft.VPT(num_tokens=3, deep=deep)})  # proves liveness
-    assert [t.shape for t in _tensors(model(*args, **kwargs))] == before
+    assert [t.shape for t in tensors_in(model(*args, **kwargs))] == before
 
 
 def test_open_clip_tower():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from mmpeft.data import ImageFolder, Table, check
+from mmpeft.data import DataModule, ImageFolder, Table, check
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound
 
 
@@ -20,7 +20,7 @@ def folders(files):
 def test_image_folder(folders):
     data = ImageFolder(folders)
     assert data.classes == ["cat", "dog"] and data.targets == [0, 0, 1] and data.modality == "image"
-    assert data[1] == {"id": "cat/deep/2.png", "input": str(folders / "cat/deep/2.png"), "target": 0}
+    assert data[1] == {"id": "cat/deep/2.png", "input": str(folders / "cat/deep/2.png"), "label": 0}
     assert ImageFolder(folders, classes=["dog", "cat"]).targets == [0, 1, 1]
     with pytest.raises(NameNotFound, match="no folder 'cats'.*nearest: cat"):
         ImageFolder(folders, classes=["cats", "dog"])
@@ -47,6 +47,11 @@ def test_file_table_and_classes_of_another_split(files):
     assert train.classes == ["9", "10"] and train.targets == [1, 0]  # numbers sort as numbers
     assert train[0]["input"] == str(files / "a.png")
     assert Table(files / "test.csv", modality="image", classes=train.classes).targets == [0]
+    (files / "other.csv").write_text("image,label\na.png,9\nb.jpg,11\n")
+    other = Table(files / "other.csv", modality="image")
+    with pytest.raises(ConfigError, match=r"classes of 'val' are \['9', '11'\], those of 'train' \['9', '10'\]"):
+        DataModule(train, other)
+    DataModule(train, Table(files / "test.csv", modality="image", classes=train.classes))
     with pytest.raises(ConfigError, match="two or more"):
         Table(files / "test.csv", modality="image")  # alone, it would be a different problem
     with pytest.raises(NameNotFound, match="row 0: '10' is none"):

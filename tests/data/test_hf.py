@@ -156,13 +156,13 @@ def test_labels(files):
     )
     data = HuggingFaceLabels(rows, input="img", target="y")
     assert data.classes == ["noise", "photo"] and data.targets == [1, 0, 1] and data.num_outputs == 2
-    assert data[0] == {"id": "row 0", "input": str(files / "a.png"), "target": 1}
+    assert data[0] == {"id": "row 0", "input": str(files / "a.png"), "label": 1}
     assert data.class_counts() == {"noise": 1, "photo": 2}
     regression = HuggingFaceLabels(rows, input="img", target="score", regression=True)
     assert regression.classes is None and regression.targets == [0.5, 1.5, 2.0] and regression.num_outputs == 1
     texts = datasets.Dataset.from_dict({"text": ["good", "bad film"], "label": ["pos", "neg"]})
     data = HuggingFaceLabels(texts, modality="text")
-    assert data.classes == ["neg", "pos"] and data[1] == {"id": "row 1", "input": "bad film", "target": 0}
+    assert data.classes == ["neg", "pos"] and data[1] == {"id": "row 1", "input": "bad film", "label": 0}
     assert data.length_hint(1) == 8
     with pytest.raises(NameNotFound, match="nearest: label"):
         HuggingFaceLabels(texts, modality="text", target="labels")

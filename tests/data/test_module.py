@@ -1,7 +1,9 @@
 """The data module under Lightning: resumes mid-epoch bit-equal, works from YAML, shards over ranks, names bad ones."""
 
+import gc
 import logging
 import random
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +17,7 @@ from mmpeft.data.loader import Loader
 from mmpeft.data.processor import ConversationProcessor
 from mmpeft.data.samples import question_answer
 from mmpeft.errors import BadSample, ConfigError, NameNotFound
-from mmpeft.multimodal.conversation import Sample as Encoded
+from mmpeft.multimodal.sample import Sample as Encoded
 
 
 class Toy(Dataset):
@@ -237,7 +239,26 @@ def test_state_is_refused_when_it_means_something_else():
     with pytest.raises(ConfigError, match="size was 53 and is 54, batch_size was 8 and is 4"):
         other.load_state_dict(state)
     other.load_state_dict({**state, "epoch": 1, "position": 0})  # between epochs nothing has to match
-    assert other.epoch == 1
+    assert other.batch_sampler.epoch == 1
+
+
+def test_workers_shut_down_at_once():
+    """In a reference cycle, torch would wait 5 s for each."""
+    loader = Loader(Toy(), ToyProcessor(), batch_size=8, train=True, workers=2)
+    assert len(list(loader)) == 7
+    start = time.perf_counter()
+    del loader
+    gc.collect()
+    assert time.perf_counter() - start < 4
+
+
+def test_without_lightning_each_loop_is_an_epoch():
+    loader = Loader(Toy(), ToyProcessor(), batch_size=8, train=True, shuffle=True)
+    first, second = ([b["ids"] for b in loader] for _ in range(2))
+    assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
+    next(iter(loader))  # a look at one batch
+    third = [b["ids"] for b in loader]
+    assert len(third) == 7 and third != second  # does not move the start
 
 
 def test_from_yaml_through_the_lightning_cli(tmp_path):

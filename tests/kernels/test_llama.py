@@ -6,18 +6,18 @@ from torch import nn
 
 from mmpeft.errors import ConfigError, NameNotFound, Unsupported
 from mmpeft.kernels import fuse, fused_ops, reference
-from mmpeft.kernels.llama import TrainStep
+from mmpeft.kernels.step import TrainStep
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    hidden_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    intermediate_size=56,
-    vocab_size=101,
-)
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 56,
+    "vocab_size": 101,
+}
 RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 1, "o_proj": 16, "gate_proj": 3, "up_proj": 5, "down_proj": 2}
 SKIPPED = "model.layers.1.self_attn.k_proj"  # a linear without an adapter
 
@@ -89,7 +89,7 @@ def test_gradients_accumulate_and_the_tape_is_used_once(device):
     ids = torch.randint(0, 101, (2, 9), device=device)
     x = fused.embedding[ids]
     once, twice = torch.empty(fused.numel, device=device), torch.empty(fused.numel, device=device)
-    loss, tape = fused.forward(x, ids)
+    _, tape = fused.forward(x, ids)
     fused.backward(tape, once)
     with pytest.raises(ConfigError, match="freed on the way"):
         fused.backward(tape, once)

@@ -5,6 +5,7 @@ CORPUS is JSON: metric name -> [predictions, references, kinds]; this rank takes
 
 import json
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -14,14 +15,14 @@ from mmpeft.metrics import load_metric
 def main(rank: int, store: str, corpus: str, result: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     scores = {}
-    for name, lists in json.load(open(corpus)).items():
+    for name, lists in json.loads(Path(corpus).read_text()).items():
         metric = load_metric(name)
         mine = slice(0, 3) if rank == 0 else slice(3, None)  # unequal shares, in unequal numbers of batches
         metric.update(*(entries[mine] for entries in lists))
         if rank:
             metric.update([], [], [])
         scores[name] = {key: value.item() for key, value in metric.compute().items()}
-    json.dump(scores, open(result, "w"))
+    Path(result).write_text(json.dumps(scores))
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from cases import Attention, DirectRead, Experts, Host, _hf_conv1d, deltas
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters import activation, blocks, circulant, fact, hadamard, kronecker, lora_kin, orthogonal, subspace
+from mmpeft.adapters import activation, blocks, circulant, fact, hadamard, kronecker, lora_kin, orthogonal, sparse, subspace
 from mmpeft.adapters.method import Method
 
 OUT, INTO = 24, 16  # of the linear site: both sides divide by 4 and 8, neither is a power of the other
@@ -62,13 +62,13 @@ def reflections(u: Tensor) -> Tensor:
 
 
 def butterfly_product(Q: Tensor, b: int, n: int) -> Tensor:
-    """R_1 ... R_m with permutation matrices: factor j's block i holds the even (odd) half-blocks of its span."""
+    """R_1 ... R_m with permutation matrices: factor j's blocks pair half-block c with half-block c + 2^j of each span."""
     total = torch.eye(n, dtype=Q.dtype)
     for j in range(Q.shape[0]):
         order = []
         for start in range(0, n, b * 2**j):
             halves = [list(range(s, s + b // 2)) for s in range(start, start + b * 2**j, b // 2)]
-            order += sum(halves[::2], []) + sum(halves[1::2], []) if j else sum(halves, [])
+            order += sum((halves[c] + halves[c + 2**j] for c in range(2**j)), [])
         P = torch.eye(n, dtype=Q.dtype)[:, order]  # W P has the columns of W in this order
         total = total @ P @ block([rotation(q, b) for q in Q[j]]) @ P.T
     return total
@@ -297,7 +297,7 @@ ROWS: dict[str, Row] = {
     ),
     "roselora": Row(
         lora_kin.RoseLoRA(rank=4),
-        lambda W, p: W + (p["B"] * p["mask_B"]) @ (p["A"] * p["mask_A"]),
+        lambda W, p: W + p["B"] @ p["A"],
         lambda o, i: 4 * (o + i),
         factored=True,
     ),
@@ -331,6 +331,30 @@ ROWS: dict[str, Row] = {
         lambda o, i: 10,
         lr=0.2,
         size=3.0,
+    ),
+    "sparse": Row(
+        sparse.Sparse(count=20),
+        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        lambda o, i: 20,
+        size=1.0,
+    ),
+    "shira": Row(
+        sparse.SHiRA(rank=1),
+        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        lambda o, i: o + i,
+        size=1.0,
+    ),
+    "pafi": Row(
+        sparse.PaFi(density=0.1),
+        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        lambda o, i: round(0.1 * o * i),
+        size=1.0,
+    ),
+    "spiel": Row(
+        sparse.SpIEL(density=0.1),
+        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        lambda o, i: round(0.1 * o * i),
+        size=1.0,
     ),
     "propulsion": Row(
         activation.Propulsion(degree=3, vectors=2),

@@ -184,4 +184,7 @@ def test_butterfly_orders_are_pefts(n, b, m):
     layer = BOFTLayer.__new__(BOFTLayer)
     for j in range(m):
         theirs = BOFTLayer.block_butterfly_perm(layer, n, n // b // 2**j, b // 2, m - 1)
-        assert torch.equal(butterfly(n, b, j, torch.device("cpu")), theirs)
+        P = BOFTLayer.perm2mat(layer, theirs)  # and a factor is P R P^T
+        ours = torch.eye(n)[:, butterfly(n, b, j, torch.device("cpu"))]
+        assert torch.equal(P @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ P.T, ours @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ ours.T)
+        assert torch.equal(P, ours)

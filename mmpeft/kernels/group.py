@@ -1,0 +1,97 @@
+"""Linears that share an input, inside a written-out block: products on `[x | S]` buffers and gradients into the flat fp32 buffer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmpeft.kernels.adamw import Slot
+from mmpeft.kernels.lowrank import mm_wide
+from mmpeft.kernels.packed import LEADING_MULTIPLE, PackedGroup, round_up
+
+
+@dataclass
+class Group:
+    """Linears that share an input: their packed weights, and where their gradients lie in the flat buffer."""
+
+    packed: PackedGroup
+    masters: list[tuple[Tensor, Tensor] | None]  # (A [r, in], B [out, r]) of each member
+    A_start: int = 0  # all members' A, one after another: [sum r, in]
+    B_starts: list[int] = field(default_factory=list)
+
+    def wide(self, T: int, n: int) -> Tensor:
+        """An uninitialised [T, n + R] buffer for [x | S] or [dy | dS]."""
+        R = self.packed.rank
+        return self.packed.buffer.new_empty(T, round_up(n + R, LEADING_MULTIPLE))[:, : n + R]
+
+    def slots(self, start: int) -> Iterator[tuple[Tensor, Slot]]:
+        """(master, slot) in flat order, from `start` on: the A of every member, then the B."""
+        p, at, self.A_start = self.packed, start, start
+        pairs = [m for m in self.masters if m is not None]
+        parts = [(a, b, s) for m, a, b, s in zip(self.masters, p.A_parts, p.B_parts, p.scales, strict=True) if m]
+        for (A, _), (a, _, _) in zip(pairs, parts, strict=True):
+            yield A, Slot(tuple(A.shape), a)
+            at += A.numel()
+        self.B_starts = []
+        for (_, B), (_, b, s) in zip(pairs, parts, strict=True):
+            self.B_starts.append(at)
+            yield B, Slot(tuple(B.shape), b, s)
+            at += B.numel()
+
+    def forward(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """wide [T, in + R] with x in its first columns -> (y [T, out], S [T, R])."""
+        n = self.packed.in_features
+        S = wide[:, :n] @ self.packed.A.mT
+        wide[:, n:].copy_(S)
+        return linear(wide, self.packed.forward_weight, self.packed.bias), S
+
+    def backward(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool, need_dx: bool = True) -> Tensor | None:
+        """wide [T, out + R] with dy in its first columns (dS is filled in) -> dx [T, in]; writes dB."""
+        p, row, first = self.packed, 0, 0
+        dy = wide[:, : p.out_features]
+        torch.mm(dy, p.B, out=wide[:, p.out_features :])
+        starts = iter(self.B_starts)
+        for out, r, s in zip(p.outs, p.ranks, p.scales, strict=True):
+            if r:
+                start = next(starts)
+                dB = flat[start : start + out * r].view(out, r)
+                product_into(dB, dy[:, row : row + out].mT, S[:, first : first + r], s, accumulate)
+            row, first = row + out, first + r
+        return wide @ p.backward_weight if need_dx else None
+
+    def backward_A(self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool) -> None:
+        """Writes dA = dS^T x of all members, from `wide` as `backward` left it."""
+        p, r = self.packed, sum(self.packed.ranks)
+        if r:
+            dA = flat[self.A_start : self.A_start + r * p.in_features].view(r, p.in_features)
+            product_into(dA, wide[:, p.out_features : p.out_features + r].mT, x, 1.0, accumulate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.mT) if bias is None else torch.addmm(bias, x, weight.mT)
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
+    """out = alpha a @ b (+ out); a, b of the model's dtype, out fp32 or theirs."""
+    if a.is_cuda and out.dtype != a.dtype and _addmm_widens(a.dtype):
+        beta = 1.0 if accumulate else 0.0
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        product = mm_wide(a, b).mul_(alpha)
+        out.add_(product) if accumulate else out.copy_(product)
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype) -> bool:
+    """Whether this torch's addmm writes an fp32 result of half-precision factors in place (one launch instead of three)."""
+    a = torch.ones(16, 16, dtype=dtype, device="cuda")
+    out = torch.ones(16, 16, device="cuda")
+    try:
+        torch.ops.aten.addmm.dtype_out(out, a, a, torch.float32, beta=1.0, alpha=0.5, out=out)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((out == 9).all())

@@ -1,0 +1,71 @@
+"""A whole training step at one batch shape: forward, backward and optimizer, replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpeft.kernels.adamw import FlatAdamW
+from mmpeft.kernels.llama import FusedLlama
+
+
+class TrainStep:
+    """Forward, backward and optimizer at one batch shape, as one CUDA graph where there is a GPU.
+
+    step = TrainStep(model, model.optimizer(lr=1e-4), batch=8, length=1024); loss = step(ids, labels)
+
+    The loss is a device tensor that the next call overwrites; nothing here waits for the device.
+    """
+
+    def __init__(
+        self, model: FusedLlama, optimizer: FlatAdamW, *, batch: int, length: int, rows: int | None = None
+    ) -> None:
+        device = model.embedding.device
+        self.model, self.optimizer = model, optimizer
+        self.ids, self.labels = (torch.zeros(batch, length, dtype=torch.int64, device=device) for _ in range(2))
+        self.rows = None if rows is None else torch.zeros(rows, dtype=torch.int64, device=device)
+        self._graph: Any = None
+
+    def __call__(self, ids: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """One update on ids, labels [B, S]; the mean loss before it. `rows`: supervised positions, as many as announced."""
+        self.ids.copy_(ids, non_blocking=True)
+        self.labels.copy_(labels, non_blocking=True)
+        if self.rows is not None and rows is not None:
+            self.rows.copy_(rows, non_blocking=True)
+        if not self.ids.is_cuda:
+            return self._run()
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+        return self._loss
+
+    def _run(self) -> Tensor:
+        loss, tape = self.model.forward(F.embedding(self.ids, self.model.embedding), self.labels, self.rows)
+        self.model.backward(tape, self.optimizer.grad)
+        self.optimizer.step()
+        return loss
+
+    def _capture(self) -> None:
+        state = [t.clone() for t in self._state()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run()  # compiles the kernels and picks the attention; undone below
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for t, before in zip(self._state(), state, strict=True):
+            t.copy_(before)
+        self.optimizer.refresh()
+        del state, t, before
+        torch.cuda.empty_cache()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self._run()
+
+    def _state(self) -> Sequence[Tensor]:
+        o = self.optimizer
+        return o.flat, o.m, o.v, o.steps

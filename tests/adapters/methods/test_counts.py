@@ -1,0 +1,69 @@
+"""Published parameter counts on RoBERTa-base and -large, built on the meta device: the survey's Table 1 where its configuration could
+be derived, else what HF PEFT or AdapterHub count for the same configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mmpeft
+from mmpeft.adapters.inspect import tensors_of
+from mmpeft.adapters.plan import Plan, resolve
+
+transformers = pytest.importorskip("transformers")
+
+QV = "encoder.layer.*.attention.self.{query,value}"
+QKV = "encoder.layer.*.attention.self.{query,key,value}"
+LINEAR = "encoder.layer.*.{attention.self.query,attention.self.key,attention.self.value,attention.output.dense,intermediate.dense,output.dense}"
+EVERY = f"{LINEAR} embeddings.{{word,position,token_type}}_embeddings pooler.dense"  # the pooler is the classifier's dense layer
+BOTH = "encoder.layer.*.{attention.output.dense,output.dense}"
+
+
+def propulsion(vectors):
+    return mmpeft.Propulsion(vectors=vectors)
+
+
+COUNTS = [  # (what, size, pattern, method, count)
+    ("Table 1 LoRA-XS", "base", LINEAR, mmpeft.LoRAXS(rank=60), 259_200),
+    ("Table 1 LoRA-FA", "base", QV, mmpeft.LoRAFA(rank=24), 442_368),
+    ("Table 1 Propulsion-1", "base", EVERY, propulsion(1), 86_016),
+    ("Table 1 Propulsion-3", "base", EVERY, propulsion(3), 258_048),
+    ("Table 1 Propulsion Attn", "base", QKV, propulsion(1), 27_648),
+    ("Table 1 Propulsion-1", "large", EVERY, propulsion(1), 225_280),
+    ("Table 1 Propulsion-3", "large", EVERY, propulsion(3), 675_840),
+    ("Table 1 Propulsion Attn", "large", QKV, propulsion(1), 73_728),
+    ("PEFT LoHa", "base", QV, mmpeft.LoHa(rank=8), 589_824),
+    ("PEFT LoKr", "base", QV, mmpeft.LoKr(rank=8), 26_112),
+    ("AdapterHub Compacter", "base", BOTH, mmpeft.Compacter(), 57_088),
+    ("AdapterHub Compacter++", "base", "encoder.layer.*.output.dense", mmpeft.Compacter(), 28_576),
+    ("AdapterHub Compacter", "large", BOTH, mmpeft.Compacter(), 152_128),
+    ("AdapterHub Compacter++", "large", "encoder.layer.*.output.dense", mmpeft.Compacter(), 76_096),
+    ("FacT-TT, 2 d r + 12 L r^2", "base", LINEAR, mmpeft.FacTTT(rank=16), 2 * 768 * 16 + 12 * 12 * 16**2),
+    ("FacT-TK, 2 d r + 12 L r + r^3", "base", LINEAR, mmpeft.FacTTK(rank=32), 2 * 768 * 32 + 12 * 12 * 32 + 32**3),
+    ("C3A, d^2 / b", "base", QV, mmpeft.C3A(block_size=768), 24 * 768),
+    ("BOFT(2, 8)", "base", QV, mmpeft.BOFT(block_size=8, m=2, scale=False), 24 * 2 * 768 // 8 * 28),
+    ("FourierFT n = 1000", "base", QV, mmpeft.FourierFT(n=1000), 24_000),
+    ("SAID", "base", LINEAR, mmpeft.SAID(dimension=1000), 1000),
+]
+
+
+@pytest.fixture(scope="module")
+def roberta():
+    sizes = {
+        "base": {},
+        "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    }
+    with torch.device("meta"):
+        made = {}
+        for size, fields in sizes.items():
+            config = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **fields)
+            made[size] = transformers.RobertaModel(config)
+    return made
+
+
+@pytest.mark.parametrize(("size", "pattern", "method", "count"), [c[1:] for c in COUNTS], ids=[f"{c[0]} {c[1]}" for c in COUNTS])
+def test_counts(roberta, size, pattern, method, count):
+    # What `inspect` counts, without its FLOPs of the whole model.
+    targets, shared = resolve(roberta[size], Plan.read({pattern: method})), {}
+    made = [tensors_of(roberta[size], t, targets, shared) for t in targets]
+    assert sum(t.numel() for tensors in made for t in tensors.trained.values()) == count

@@ -1,0 +1,235 @@
+"""Sparse deltas, the criteria that choose them, and the callbacks that mask and prune."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import close, deltas
+from torch import nn
+
+import mmpeft
+from mmpeft.adapters import criteria, sparse, sparsify
+from mmpeft.adapters.plan import Plan, resolve
+from mmpeft.errors import ConfigError, NameNotFound
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
+
+
+def data(n=8):
+    torch.manual_seed(1)
+    return torch.randn(n, 6), torch.randint(0, 3, (n,))
+
+
+def losses(model, x, y):
+    return [lambda i=i: F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
+
+
+def gather(model, made=(), **kwargs):
+    return criteria.gather(model, resolve(model, Plan.read({"{0,2}": mmpeft.Sparse()})), made, **kwargs)
+
+
+def test_each_criterion_equals_its_sum_over_samples():
+    model, (x, y) = net(), data()
+    grads = [torch.autograd.grad(loss(), model[0].weight)[0] for loss in losses(model, x, y)]
+    w, g = model[0].weight.detach(), torch.stack(grads)
+    expected = {
+        "magnitude": w.abs(),
+        "small_magnitude": -w.abs(),
+        "gradient": g.mean(0).abs(),
+        "fisher": g.square().mean(0),
+        "sensitivity": (w * g).abs().mean(0),
+        "movement": -(w * g).mean(0),
+        "change": (w - 0.5).abs(),
+    }
+    start = {"0.weight": torch.full((9, 6), 0.5), "2.weight": torch.zeros(3, 9)}
+    evidence = gather(model, losses(model, x, y), start=start)
+    for name, value in expected.items():
+        assert close(criteria.criterion(name)(evidence["0.weight"]), value, 1e-6), name
+    assert set(criteria.CRITERIA) == {*expected, "random"}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters()), "gathering leaves no trace"
+
+
+def test_fisher_losses_give_the_expectation_over_the_models_own_labels():
+    model, (x, _) = net(), data(3)
+    evidence = gather(model, criteria.fisher_losses(lambda s: model(s), list(x)))
+    total = torch.zeros(9, 6)
+    for s in x:
+        logp = model(s).log_softmax(-1)
+        for c in range(3):
+            g = torch.autograd.grad(logp[c], model[0].weight, retain_graph=True)[0]
+            total += logp[c].exp().detach() * g.square()
+    assert evidence["0.weight"].n == pytest.approx(3)
+    assert close(criteria.criterion("fisher")(evidence["0.weight"]) * 1e4, total / 3 * 1e4)
+
+
+def test_top_is_over_all_tensors_and_breaks_ties_by_order():
+    found = criteria.top({"a": torch.tensor([[1.0, 5.0]]), "b": torch.tensor([5.0, 0.0, 5.0]), "c": torch.zeros(2)}, 3)
+    assert {n: i.tolist() for n, i in found.items()} == {"a": [1], "b": [0, 2]}
+    with pytest.raises(ConfigError, match="8 of 7"):
+        criteria.top({"a": torch.zeros(7)}, 8)
+
+
+def test_cubic_schedule():
+    assert [criteria.cubic(s, 1.0, 0.0, 2, 6) for s in (0, 2, 4, 6, 9)] == [1, 1, 0.125, 0, 0]
+
+
+SELECTED = {
+    "fishmask": (mmpeft.FishMask(density=0.1), "fisher"),
+    "child-tuning-d": (mmpeft.ChildTuningD(density=0.1), "fisher"),
+    "pafi": (mmpeft.PaFi(density=0.1), "small_magnitude"),
+    "shira-snip": (mmpeft.SHiRA(rank=1, criterion="sensitivity"), "sensitivity"),
+    "lt-sft": (mmpeft.LTSFT(density=0.1), "change"),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_selected_sites_train_the_top_share_only_and_load(name, tmp_path):
+    method, by = SELECTED[name]
+    model, (x, y) = net(), data()
+    trained = {n: t + torch.randn_like(t) for n, t in model.state_dict().items()} if by == "change" else None
+    count = 27 if name == "shira-snip" else round(0.1 * 81)  # rank (in + out) at both sites together
+    evidence = gather(model, losses(model, x, y))
+    if trained is not None:
+        for site, e in evidence.items():
+            e.start, e.value = e.value, trained[site]
+    expected = criteria.top({s: criteria.criterion(by)(e) for s, e in evidence.items()}, count)
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    mmpeft.attach_selected(model, {"{0,2}": method}, losses(model, x, y), trained=trained, name="a", example=x)
+    assert {d.site.name: d.index.tolist() for d in deltas(model)} == {n: i.tolist() for n, i in expected.items()}
+    optimizer = torch.optim.AdamW(mmpeft.parameter_groups(model, lr=0.05))
+    first = F.cross_entropy(model(x), y)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert F.cross_entropy(model(x), y) < first - 0.02
+    assert sum(t.numel() for s in optimizer.state.values() for t in s.values() if t.ndim) == 2 * count, "no dense state"
+    for site, e in evidence.items():
+        owner = model.get_submodule(site.split(".")[0])
+        changed = (owner.weight - base[site]).flatten().nonzero().flatten().tolist()
+        assert set(changed) <= set(expected.get(site, torch.empty(0)).tolist())
+        assert torch.equal(owner._parameters["weight"], base[site])
+    mmpeft.save(model, tmp_path, name="a")
+    other = net()
+    mmpeft.load(other, tmp_path, check=False)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+
+
+def test_shira_trains_what_lora_would_and_its_places_follow_the_seed():
+    places = []
+    for seed in (0, 0, 1):
+        model = net()
+        mmpeft.attach(model, {"0": mmpeft.SHiRA(rank=2, seed=seed)}, name="a", example=torch.randn(2, 6))
+        (d,) = deltas(model)
+        assert len(d.value) == 2 * (6 + 9) and len(set(d.index.tolist())) == 30
+        places.append(d.index)
+    assert torch.equal(places[0], places[1]) and not torch.equal(places[0], places[2])
+    model = net()
+    mmpeft.attach(model, {"0": mmpeft.SHiRA(rank=1, criterion="magnitude")}, name="a", example=torch.randn(2, 6))
+    (d,) = deltas(model)
+    w = model[0]._parameters["weight"].abs().flatten()
+    assert w[d.index].min() >= w.sort().values[-15]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shira_is_pefts():
+    peft = pytest.importorskip("peft")
+    model, ours, x = net(), net(), torch.randn(4, 6)
+    mask = torch.zeros(9, 6)
+    mask.view(-1)[torch.randperm(54)[:30]] = 1
+    config = peft.ShiraConfig(r=2, target_modules=["0"], mask_type="random", init_weights=False)
+    config.mask_fn = lambda layer, r, **kwargs: mask
+    theirs = peft.get_peft_model(model, config)
+    layer = theirs.base_model.model[0]
+    mmpeft.attach(ours, {"0": mmpeft.SHiRA(rank=2)}, name="a", example=x)
+    (d,) = deltas(ours)
+    with torch.no_grad():
+        rows, columns = layer.shira_indices["default"].long()
+        d.index.copy_(rows * 6 + columns)
+        d.value.copy_(layer.shira_weight["default"])
+        assert close(ours(x), theirs(x))
+
+
+def test_spiel_moves_to_the_largest_gradients_and_keeps_its_size():
+    model, (x, y) = net(), data()
+    mmpeft.attach(model, {"0": mmpeft.SpIEL(count=10)}, name="a", example=x)
+    (d,) = deltas(model)
+    optimizer = torch.optim.AdamW(mmpeft.parameter_groups(model, lr=0.05))
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    before, values = d.index.clone(), d.value.detach().clone()
+    weight = model[0].weight.detach().requires_grad_()
+    dense = torch.autograd.grad(F.cross_entropy(model[2](torch.tanh(F.linear(x, weight, model[0].bias))), y), weight)[0]
+    least = values.abs().argsort()[:4]
+    expected = dense.abs().flatten().index_fill(0, before, -1).topk(4).indices
+    batch = [lambda: F.cross_entropy(model(x), y)]
+    assert sparse.spiel_step(model, batch, 0.4, name="a", optimizer=optimizer) == 4
+    assert set(d.index[least].tolist()) == set(expected.tolist()) and not d.value[least].any()
+    kept = [i for i in range(10) if i not in least.tolist()]
+    assert torch.equal(d.index[kept], before[kept]) and torch.equal(d.value[kept], values[kept])
+    assert all(not t[least].any() for t in optimizer.state[d.value].values() if t.ndim)
+    with pytest.raises(ConfigError, match="share 1.5"):
+        sparse.spiel_step(model, batch, 1.5, name="a")
+
+
+def test_rose_pruner_keeps_the_top_share_of_every_row_of_a_and_column_of_b():
+    model, (x, y) = net(), data()
+    mmpeft.attach(model, {"0": mmpeft.RoseLoRA(rank=3, sparsity=0.5)}, name="a", example=x)
+    (d,) = deltas(model)
+    pruner = sparsify.RosePruner(model, begin=2, end=8)
+    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.05))
+    kept = []
+    first = F.cross_entropy(model(x), y).item()
+    for _ in range(12):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        kept.append(pruner.step())
+        if len(kept) == 2:
+            assert bool((d.A != 0).all())
+    assert kept == sorted(kept, reverse=True) and kept[-1] == 0.5
+    assert (d.A != 0).sum(1).tolist() == [3] * 3 and (d.B != 0).sum(0).tolist() == [4] * 3  # half of 6; half of 9, rounded
+    assert F.cross_entropy(model(x), y).item() < first
+    with pytest.raises(ConfigError, match="no RoseLoRA"):
+        sparsify.RosePruner(net_with_lora(), begin=0, end=1)
+
+
+def net_with_lora():
+    return mmpeft.attach(net(), {"0": mmpeft.LoRA(rank=2)}, example=torch.randn(2, 6))
+
+
+def test_gradient_masks():
+    p = nn.Parameter(torch.zeros(4000))
+    p.grad = torch.ones(4000)
+    sparsify.ChildMask([p], p=0.25)()
+    assert set(p.grad.tolist()) == {0.0, 4.0} and 0.2 < (p.grad != 0).float().mean() < 0.3
+    p.grad = torch.arange(4000.0) - 2000
+    sparsify.TopGradient([p], density=0.001)()
+    assert p.grad.nonzero().flatten().tolist() == [0, 1, 2, 3999]  # 2000, 1999, 1998, 1999; ties go to the earlier
+    for make in (lambda: sparsify.ChildMask([p], p=0), lambda: sparsify.TopGradient([p], density=2)):
+        with pytest.raises(ConfigError, match="expected 0 <"):
+            make()
+
+
+def test_bad_input():
+    with pytest.raises(NameNotFound, match="fisher"):
+        mmpeft.Sparse(criterion="fischer")
+    with pytest.raises(ConfigError, match="use attach_selected"):
+        mmpeft.attach(net(), {"0": mmpeft.FishMask()}, example=torch.randn(2, 6))
+    with pytest.raises(ConfigError, match="no places yet"):
+        mmpeft.attach(net(), {"0": mmpeft.FishMask(count=3)}, example=torch.randn(2, 6))
+    with pytest.raises(ConfigError, match="needs gradients"):
+        mmpeft.attach_selected(net(), {"0": mmpeft.FishMask()})
+    with pytest.raises(ConfigError, match="Sparse methods"):
+        mmpeft.attach_selected(net(), {"0": mmpeft.LoRA()})
+    with pytest.raises(ConfigError, match="it has 54"):
+        mmpeft.attach(net(), {"0": mmpeft.SHiRA(rank=8)})
+    with pytest.raises(ConfigError, match="density 0"):
+        mmpeft.Sparse(density=0.0)
