@@ -97,7 +97,7 @@ from mmpeft.errors import nearest
 __version__ = "0.1.0"
 
 # What needs more than torch loads when it is first asked for.
-_LAZY = {"MultimodalLM": "mmpeft.multimodal", "export_peft": "mmpeft.adapters.peft_export"}
+_LAZY = {"MultimodalLM": "mmpeft.multimodal", "export_peft": "mmpeft.adapters.peft_format"}
 _PARTS = ("connectors", "data", "encoders", "kernels", "metrics", "multimodal", "tasks")
 
 

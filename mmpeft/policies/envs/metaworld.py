@@ -75,7 +75,7 @@ class MetaworldEnv(RobotEnv):
         self.observation_space = gym.spaces.Dict(self._spaces())
         self.episode_seed = 0
         self.text = ""
-        self._full = np.zeros(39)
+        self.full = np.zeros(39)
         self._steps = 0
 
     def _spaces(self) -> dict[str, gym.Space[Any]]:
@@ -100,7 +100,7 @@ class MetaworldEnv(RobotEnv):
         super().reset(seed=seed)
         self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
         self.sim.seed(self.episode_seed)
-        self._full, _ = self.sim.reset()
+        self.full, _ = self.sim.reset()
         self._steps = 0
         self.text = sentence(self.task, self.wording, self.episode_seed)
         self.renderer.shift(self.look, self.episode_seed)
@@ -108,16 +108,16 @@ class MetaworldEnv(RobotEnv):
 
     def advance(self, action: Any) -> tuple[float, bool, bool, dict[str, Any]]:
         action = check_action(action, self.action_space, f"{self.name}, step {self._steps}")
-        self._full, reward, _, _, info = self.sim.step(action)
+        self.full, reward, _, _, info = self.sim.step(action)
         self._steps += 1
         return float(reward), False, self._steps >= self.max_steps, {"success": bool(info["success"])}
 
     def observe(self) -> Observation:
-        observation: Observation = {"state": self._full[:STATE].astype(np.float32), "instruction": self.text}
+        observation: Observation = {"state": self.full[:STATE].astype(np.float32), "instruction": self.text}
         if self.views:
             observation["images"] = np.stack([self.renderer.draw(self.sim.data, v, self.image_size) for v in self.views])
         if self.full_state:
-            observation["full_state"] = self._full.copy()
+            observation["full_state"] = self.full.copy()
         return self.sensor_noise(observation)
 
     def frame(self, size: int = 256) -> NDArray[np.uint8]:

@@ -59,7 +59,7 @@ SENTENCES: dict[str, tuple[str, str, str, str, str]] = {
     "push-back-v3": ("pull the puck back to the goal", "drag the puck back toward the robot", "bring the puck backward to the target", "haul the puck nearer to the marker", "move the puck back to where the marker is"),
     "push-v3": ("push the puck to the goal", "slide the puck to the target", "move the puck forward to the goal", "shove the puck over the table to the marker", "get the puck across to the target spot"),
     "push-wall-v3": ("push the puck around the wall to the goal", "slide the puck past the wall", "move the puck to the goal behind the wall", "shove the puck around the obstacle to the marker", "get the puck beyond the wall by pushing"),
-    "reach-v3": ("reach the goal", "move the hand to the goal", "bring the gripper to the target position", "touch the marker with the hand", "hover the gripper at the red point"),
+    "reach-v3": ("reach the goal", "move the hand to the goal", "bring the gripper to the target position", "touch the marker with the hand", "hover the gripper at the marked point"),
     "reach-wall-v3": ("reach the goal behind the wall", "move the hand past the wall to the goal", "bring the gripper over the wall to the target", "touch the marker beyond the wall", "steer the hand clear of the wall to the point"),
     "shelf-place-v3": ("put the puck on the shelf", "place the block on the shelf", "pick the puck up and set it on the shelf", "store the block on the rack", "lift the puck onto the shelf board"),
     "soccer-v3": ("kick the ball into the goal", "push the soccer ball into the net", "score a goal with the soccer ball", "shoot the football into the net", "roll the ball into the soccer goal"),
