@@ -1,7 +1,8 @@
 """What every benchmark shares: timing, memory, versions, the JSON lines and the loss gate.
 
-A row's arms run one after another on one machine in one process, each from the same seed (weights, adapters, batches), so
-speed is compared side by side and the losses must agree. Steps are timed with CUDA events; the median is reported with its
+A row's arms run one after another on one machine in one process, each from the same seed (weights, adapters,
+batches), so speed is compared side by side and the losses must agree. Steps are timed with CUDA events; the median is
+reported with its
 quartiles, and the first arm is run again at the end: the spread between its two runs is the row's noise floor.
 """
 
@@ -126,7 +127,7 @@ class Row:
         free()
 
     def gate(self, *, relative: float = 2e-3) -> None:
-        """Prints whether every arm's losses agree with the first peer's: at step 0 within `relative`, at the end within 5x that."""
+        """Prints whether each arm's losses agree with the first peer's: `relative` at step 0, 5x that at the end."""
         reference = next((x for x in self.lines if x["arm"].startswith("peft")), None)
         for line in self.lines:
             if reference is None:

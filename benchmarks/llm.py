@@ -1,4 +1,4 @@
-"""Training steps of Llama-type models with LoRA r=16 on all linears: forward, backward and AdamW, bf16 base, fp32 adapters.
+"""Training steps of Llama-type models with LoRA r=16 on all linears: bf16 base, fp32 adapters, AdamW included.
 
     python -m benchmarks.llm --shape 1.5b                        # every arm
     python -m benchmarks.llm --shape 360m --arms mmpeft peft+compile --profile trace.txt
@@ -35,7 +35,7 @@ class Shape:
     length: int
 
     def flops(self, tokens: int) -> float:
-        """4 N a token for a frozen base (forward, activation gradients) and causal attention (2 S a forward, 2.5 times that backward)."""
+        """4 N a token for a frozen base (forward and dX), and causal attention (2 S a forward, 2.5x that backward)."""
         d = self.hidden // self.heads
         kv = self.kv_heads * d
         linears = self.layers * (self.hidden * (2 * self.hidden + 2 * kv) + 3 * self.hidden * self.ffn)

@@ -1,10 +1,10 @@
-"""One adapted linear, or a group sharing its input, over the bare base GEMM: forward and backward, at the sizes of real blocks.
+"""One adapted linear, or a group sharing its input, over the bare base GEMM: forward and backward at real sizes.
 
     python -m benchmarks.lowrank
 
-Arms: the bare linear (frozen weight, input gradient), mmpeft's `lowrank_linear` (any weight) and `lowrank_group` (packed), PEFT's
-LoRA linear under bf16 autocast. Prints milliseconds (CUDA graph replays, so launches do not count), the ratio to the bare linear, and
-the relative error of the output and gradients against float64.
+Arms: the bare linear (frozen weight, input gradient), mmpeft's `lowrank_linear` (any weight) and `lowrank_group`
+(packed), PEFT's LoRA linear under bf16 autocast. Prints milliseconds (CUDA graph replays, so launches do not count),
+the ratio to the bare linear, and the relative error of the output and gradients against float64.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def main() -> None:
     print(f"{'size':14} {'arm':16} {'fwd+bwd ms':>11} {'over bare':>10} {'error y':>9} {'error dx':>9} {'error dB':>9}")
     for name, (T, n_in, outs) in SIZES.items():
         g = torch.Generator("cuda").manual_seed(0)
-        make = lambda *s, g=g: torch.randn(*s, device="cuda", generator=g)
+
+        def make(*s, g=g):
+            return torch.randn(*s, device="cuda", generator=g)
+
         weights = [(make(o, n_in) * 0.02).bfloat16() for o in outs]
         As = [(make(RANK, n_in) / n_in**0.5).requires_grad_() for _ in outs]
         Bs = [(make(o, RANK) * 0.02).requires_grad_() for o in outs]
@@ -110,12 +113,18 @@ def main() -> None:
         (want_dx,) = torch.autograd.grad(exact, [few], [d[:512].double() for d in dy], retain_graph=True)
         base = None
         for arm, (forward, inputs) in arms.items():
-            grads = lambda f=forward, i=inputs, dy=dy: torch.autograd.grad(f(), i, dy)
+
+            def grads(f=forward, i=inputs, dy=dy):
+                return torch.autograd.grad(f(), i, dy)
+
             ms = graph_ms(grads)
             base = base or ms
             errors = ["", "", ""]
             if arm != "bare":
-                error = lambda a, b: f"{float((a.double() - b).norm() / b.norm()):.1e}"
+
+                def error(a, b):
+                    return f"{float((a.double() - b).norm() / b.norm()):.1e}"
+
                 dx, *_, dB = grads()
                 S = x.detach().double() @ As[-1].detach().double().mT
                 errors = [

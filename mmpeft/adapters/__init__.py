@@ -6,6 +6,7 @@ from mmpeft.adapters.blocks import GraLoRA, MiSS
 from mmpeft.adapters.bottleneck import AdaptFormer, Bottleneck
 from mmpeft.adapters.circulant import C3A, SURM, FourierFT
 from mmpeft.adapters.conv_adapter import ConvAdapter
+from mmpeft.adapters.diff_pruning import DiffGates, DiffPruning
 from mmpeft.adapters.fact import FacTTK, FacTTT
 from mmpeft.adapters.hadamard import HiRA, LoHa
 from mmpeft.adapters.inspect import Inspection, inspect
@@ -29,17 +30,21 @@ from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.scaling import IA3
 from mmpeft.adapters.selective import BitFit, Full, LayerNormTuning, RoCoFT
 from mmpeft.adapters.sparse import (
+    FAR,
     LTSFT,
+    NEFT,
     ChildTuningD,
     FishMask,
     PaFi,
     SHiRA,
     Sparse,
-    SpIEL,
+    SparseRows,
+    UBitFit,
     attach_selected,
-    spiel_step,
 )
 from mmpeft.adapters.sparsify import ChildMask, RosePruner, TopGradient
+from mmpeft.adapters.spiel import SpIEL, spiel_step
+from mmpeft.adapters.stack import stack, unstack
 from mmpeft.adapters.store import load, read_metadata, save
 from mmpeft.adapters.subspace import DID, SAID
 from mmpeft.adapters.switch import (

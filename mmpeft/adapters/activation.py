@@ -1,9 +1,11 @@
-"""Methods that edit activations by learned vectors: gains that fold into the weight before them, and edits around a call.
+"""Methods that edit activations by learned vectors: gains that fold into the weight, and edits around a call.
 
-Propulsion   Kowsher et al. 2024, arXiv 2409.10927: outputs times z^k. (The survey speaks of inputs and prompts; it is neither.)
-SSF          Lian et al. 2022, arXiv 2210.08823: gamma y + beta after every operation, folded into weight and bias.
-RED          Wu et al. 2024, arXiv 2402.15179: the same edit around any call, bias or not.
-LoFiT        Yin et al. 2024, arXiv 2406.01563: offsets for a few attention heads, chosen by a first run that scales them all.
+    Propulsion   Kowsher et al. 2024, arXiv 2409.10927: outputs times z^k. (The survey speaks of inputs and prompts; it
+                 is neither.)
+    SSF          Lian et al. 2022, arXiv 2210.08823: gamma y + beta after every operation, folded into weight and bias.
+    RED          Wu et al. 2024, arXiv 2402.15179: the same edit around any call, bias or not.
+    LoFiT        Yin et al. 2024, arXiv 2406.01563: offsets for a few attention heads, chosen by a first run that scales
+                 them all.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from mmpeft.errors import ConfigError, Unsupported
 
 
 def bias_of(tensor: str) -> str:
-    """The bias that belongs to a weight: weight -> bias, in_proj_weight -> in_proj_bias, weight_ih_l0 -> bias_ih_l0, and for expert
-    stacks down_proj -> down_proj_bias. A bias stands for itself."""
+    """The bias that belongs to a weight: weight -> bias, in_proj_weight -> in_proj_bias, weight_ih_l0 -> bias_ih_l0,
+    and for expert stacks down_proj -> down_proj_bias. A bias stands for itself."""
     if "bias" in tensor:
         return tensor
     return tensor.replace("weight", "bias") if "weight" in tensor else f"{tensor}_bias"
 
 
 class OutputGain(Method):
-    """Weight methods that multiply what a layer gives, its bias included: the weight's site owns the gain, the bias' site shares it."""
+    """Weight methods that multiply what a layer gives, its bias included: the weight's site owns the gain, the bias'
+    site shares it."""
 
     space = "any"
 
@@ -96,8 +99,8 @@ class Propulsion(OutputGain, name="propulsion"):
 
 @dataclass(frozen=True)
 class SSF(OutputGain, name="ssf"):
-    """Scale and shift, `y' = gamma * y + beta` after a linear layer, convolution or normalisation (arXiv 2210.08823), folded:
-    W' = diag(gamma) W, b' = gamma b + beta. gamma 1, beta 0 at the start; 2 out parameters.
+    """Scale and shift, `y' = gamma * y + beta` after a linear layer, convolution or normalisation (arXiv 2210.08823),
+    folded: W' = diag(gamma) W, b' = gamma b + beta. gamma 1, beta 0 at the start; 2 out parameters.
 
     The layer needs a bias to hold beta; where it has none, `RED` is the same edit around its call.
     """
@@ -134,8 +137,8 @@ class SSF(OutputGain, name="ssf"):
 
 @dataclass(frozen=True)
 class RED(Method, name="red"):
-    """Representation editing, `y' = l * y + b` around a call (arXiv 2402.15179; there, after every feed-forward); l 1, b 0 at the start;
-    2 width parameters.
+    """Representation editing, `y' = l * y + b` around a call (arXiv 2402.15179; there, after every feed-forward); l 1,
+    b 0 at the start; 2 width parameters.
 
     Args:
         dim: channel width, where it cannot be read off the module's own layers.
@@ -167,7 +170,8 @@ def on_channels(v: Tensor, y: Tensor, site: Site) -> Tensor:
     raise ConfigError(f"{site.path}: a tensor of shape {tuple(y.shape)} has no channel axis of {n}; pass dim=")
 
 
-# --- LoFiT: attention heads as the input channels of the output projection ---------------------------------------------
+# --- LoFiT: attention heads as the input channels of the output projection
+# ---------------------------------------------
 
 
 class HeadEdit(Method):
@@ -188,8 +192,9 @@ class HeadEdit(Method):
 
 @dataclass(frozen=True)
 class HeadScaling(HeadEdit, name="lofit-scaling"):
-    """LoFiT's first run (arXiv 2406.01563): z_h' = (1 + a_h) * z_h for every head, a_h [width of a head] from N(0, `std`); the loss of
-    this run adds an L1 penalty on a. `lofit_plan` reads the result. At most about `std` from the identity at the start.
+    """LoFiT's first run (arXiv 2406.01563): z_h' = (1 + a_h) * z_h for every head, a_h [width of a head] from N(0,
+    `std`); the loss of this run adds an L1 penalty on a. `lofit_plan` reads the result. At most about `std` from the
+    identity at the start.
 
     Args:
         num_heads: heads of the attention; None reads them off the module around the projection.
@@ -210,8 +215,8 @@ class HeadScaling(HeadEdit, name="lofit-scaling"):
 
 @dataclass(frozen=True)
 class LoFiT(HeadEdit, name="lofit"):
-    """LoFiT's second run (arXiv 2406.01563): z_h' = z_h + v_h for the chosen heads, v_h [width of a head] from 0; `len(heads)` width
-    parameters.
+    """LoFiT's second run (arXiv 2406.01563): z_h' = z_h + v_h for the chosen heads, v_h [width of a head] from 0;
+    `len(heads)` width parameters.
 
     Args:
         heads: numbers of the edited heads; () is all of them. `lofit_plan` chooses.
@@ -235,7 +240,8 @@ class LoFiT(HeadEdit, name="lofit"):
 
 
 def lofit_plan(model: nn.Module, k: int, name: str | None = None) -> Mapping[str, LoFiT]:
-    """The plan of LoFiT's second run: the k heads with the largest ||a_h|| over all sites of a trained `HeadScaling` adapter.
+    """The plan of LoFiT's second run: the k heads with the largest ||a_h|| over all sites of a trained `HeadScaling`
+    adapter.
 
     Raises:
         ConfigError: no `HeadScaling` adapter, or fewer than k heads.

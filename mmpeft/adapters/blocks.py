@@ -19,9 +19,9 @@ from mmpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class GraLoRA(LowRank, name="gralora"):
-    """Granular LoRA (arXiv 2505.20355): block (j, n) of the k x k blocks of W gets `alpha / (rank + hybrid_rank) * B_jn A_nj`,
-    where A_n [rank, in / k] and B_j [out / k, rank] are cut in k parts of rank / k; rank (in + out) parameters, rank up to
-    k rank in all. `hybrid_rank` adds a plain LoRA of that rank.
+    """Granular LoRA (arXiv 2505.20355): block (j, n) of the k x k blocks of W gets `alpha / (rank + hybrid_rank) * B_jn
+    A_nj`, where A_n [rank, in / k] and B_j [out / k, rank] are cut in k parts of rank / k; rank (in + out) parameters,
+    rank up to k rank in all. `hybrid_rank` adds a plain LoRA of that rank.
 
     Args:
         rank: split evenly over the k blocks of a row; a multiple of k.
@@ -75,8 +75,8 @@ class GraLoRA(LowRank, name="gralora"):
 
 @dataclass(frozen=True)
 class MiSS(Ranked, name="miss", aliases=("bone",)):
-    """Matrix shard sharing, `W'_ij = W_ij + D_i(j mod rank)`: the shard D [out, rank], 0 at the start, repeated along the input
-    (arXiv 2409.15371). As a pair, B is D and A a row of identity blocks. rank out parameters.
+    """Matrix shard sharing, `W'_ij = W_ij + D_i(j mod rank)`: the shard D [out, rank], 0 at the start, repeated along
+    the input (arXiv 2409.15371). As a pair, B is D and A a row of identity blocks. rank out parameters.
 
     Args:
         rank: width of the shard, at most min(out, in).

@@ -1,8 +1,8 @@
 """Updates with structure instead of low rank: circulant, Toeplitz, low displacement rank, sparse in the spectrum.
 
     C3A        Chen et al. 2025, arXiv 2407.19342: a grid of circulant blocks.
-    SURM       Sehanobish et al. 2024, arXiv 2406.17740: "structured unrestricted-rank matrices" in place of BA. The survey
-               calls it masking, which it isn't.
+    SURM       Sehanobish et al. 2024, arXiv 2406.17740: "structured unrestricted-rank matrices" in place of BA. The
+               survey calls it masking, which it isn't.
     FourierFT  Gao et al. 2024, arXiv 2405.03003: a few trained entries of the update's 2-D spectrum.
 
 All are of full rank, so the materialised plan runs them and rows of a batch cannot differ.
@@ -23,7 +23,8 @@ from mmpeft.errors import ConfigError
 
 
 def circulant(w: Tensor, sign: float = 1.0) -> Tensor:
-    """[*, n] -> [*, n, n] with entry (i, j) = w[(i - j) mod n]; entries that wrap are times `sign` (-1: skew-circulant)."""
+    """[*, n] -> [*, n, n] with entry (i, j) = w[(i - j) mod n]; entries that wrap are times `sign` (-1:
+    skew-circulant)."""
     n = w.shape[-1]
     i = torch.arange(n, device=w.device)
     difference = i[:, None] - i[None, :]
@@ -65,14 +66,14 @@ class C3A(Method, name="c3a"):
 
 @dataclass(frozen=True)
 class SURM(Method, name="surm"):
-    """Structured unrestricted-rank update, `W' = W + scale * S` (arXiv 2406.17740) with S [out, in] one of
+    """Structured unrestricted-rank update, `W' = W + scale * S` (arXiv 2406.17740) with S [out, in]
 
         "circulant"  S_ij = c[(i - j) mod n]                         n = max(out, in) parameters
         "toeplitz"   S_ij = t[i - j]                                 out + in - 1
         "ldr"        sum over k < rank of Z_1(g_k) Z_-1(h_k)         2 rank n, circulant times skew-circulant
 
-    The paper's Kronecker form is `KronA`. Choice where the paper works on square matrices: n = max(out, in), and S is the leading
-    [out, in] of the n x n matrix. Start: S = 0 (c, t and g 0; h N(0, 1/n)).
+    The paper's Kronecker form is `KronA`. Choice where the paper works on square matrices: n = max(out, in), and S is
+    the leading [out, in] of the n x n matrix. Start: S = 0 (c, t and g 0; h N(0, 1/n)).
 
     Args:
         structure: as above.
@@ -116,8 +117,9 @@ class SURM(Method, name="surm"):
 
 @dataclass(frozen=True)
 class FourierFT(Method, name="fourierft"):
-    """`W' = W + scale * Re(IDFT2(E))`, E [out, in] zero but for `n` trained entries at random places that all sites of a shape
-    share (arXiv 2405.03003); n parameters a site. Places are drawn from `seed` as HF PEFT draws them and are not in the file.
+    """`W' = W + scale * Re(IDFT2(E))`, E [out, in] zero but for `n` trained entries at random places that all sites of
+    a shape share (arXiv 2405.03003); n parameters a site. Places are drawn from `seed` as HF PEFT draws them and are
+    not in the file.
 
     Start: the coefficients are 0, so that the adapter starts as the identity; the paper draws them from N(0, 1).
 

@@ -1,7 +1,7 @@
 """Importance criteria: one interface for everything that selects weights (masks, pruning, growing, placement).
 
-What is known of a tensor is its `Evidence`: value, start, and sums over gradients. A criterion is a function from evidence to scores
-of the tensor's shape; the largest are kept.
+What is known of a tensor is its `Evidence`: value, start, and sums over gradients. A criterion is a function from
+evidence to scores of the tensor's shape; the largest are kept.
 
     random              uniform
     magnitude           |w|                       small_magnitude   -|w| (PaFi)
@@ -11,8 +11,8 @@ of the tensor's shape; the largest are kept.
     movement            -sum w g                  weights that move away from 0 (Sanh et al. 2020)
     change              |w - start|               lottery-ticket sparse fine-tuning
 
-`gather` collects the evidence of a plan's sites on a model from losses; it never changes the model. `smooth` is the exponential
-average that AdaLoRA and RoseLoRA put on sensitivities, `cubic` their schedule.
+`gather` collects the evidence of a plan's sites on a model from losses; it never changes the model. `smooth` is the
+exponential average that AdaLoRA and RoseLoRA put on sensitivities, `cubic` their schedule.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def gather(
     """Evidence of each target's matrix view `[*, out, in]`, by site name.
 
     Args:
-        losses: functions that run `model` and return a scalar loss, or (loss, weight). For the Fisher criterion each is minus the log
-            likelihood of one sample (`fisher_losses` makes them); what a batch of several sums over, its squares do not see.
+        losses: functions that run `model` and return a scalar loss, or (loss, weight). For the Fisher criterion each is
+            minus the log likelihood of one sample (`fisher_losses` makes them); what a batch of several sums over, its
+            squares do not see.
         start: tensors by their path in the model, for "change": the values before a fine-tuning run.
     """
     found: dict[str, Evidence] = {}
@@ -152,7 +153,8 @@ def _view(target: Target, t: Tensor) -> Tensor:
 def fisher_losses(
     forward: Callable[[Any], Tensor], samples: Iterable[Any]
 ) -> Iterator[Callable[[], tuple[Tensor, float]]]:
-    """Losses of the (true) diagonal Fisher information, E_x sum_y p(y | x) (d log p(y | x))^2, one for each sample and class.
+    """Losses of the (true) diagonal Fisher information, E_x sum_y p(y | x) (d log p(y | x))^2, one for each sample and
+    class.
 
     Args:
         forward: sample -> logits [classes] or [1, classes].
@@ -170,7 +172,8 @@ def fisher_losses(
 
 
 def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Flat indices of the `count` largest scores over all tensors together, ascending, by tensor; ties go to the earlier."""
+    """Flat indices of the `count` largest scores over all tensors together, ascending, by tensor; ties go to the
+    earlier."""
     total = sum(s.numel() for s in scores.values())
     if not 1 <= count <= total:
         raise ConfigError(f"{count} of {total} weights to select; expected 1 to {total}")
@@ -191,6 +194,7 @@ def smooth(average: Tensor | None, new: Tensor, beta: float) -> Tensor:
 
 
 def cubic(step: int, first: float, last: float, begin: int, end: int) -> float:
-    """A value that stays at `first` until step `begin`, then falls (or rises) to `last` at step `end` as (1 - progress)^3."""
+    """A value that stays at `first` until step `begin`, then falls (or rises) to `last` at step `end` as (1 -
+    progress)^3."""
     progress = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
     return last + (first - last) * (1 - progress) ** 3

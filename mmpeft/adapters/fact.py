@@ -7,11 +7,11 @@ block (a, b) of site l gets
     FacT-TT    s U S_lab V                  S_lab [r, r] its own
     FacT-TK    s U (sum_k c_labk P_k) V     c_lab [r] its own, the core P [r, r, r] shared
 
-with U [d, r] and V [r, d] shared by all sites: 2 d r + blocks r^2, and 2 d r + blocks r + r^3 parameters. The shared factors
-belong to the first site of the rule and appear once in the file.
+with U [d, r] and V [r, d] shared by all sites: 2 d r + blocks r^2, and 2 d r + blocks r + r^3 parameters. The shared
+factors belong to the first site of the rule and appear once in the file.
 
-Choice: d is the greatest common divisor of all sides at the rule's sites (the model's width in a transformer). Start: as
-the authors' code, U (their FacTv, the output side) 0, everything else Xavier-uniform.
+Choice: d is the greatest common divisor of all sides at the rule's sites (the model's width in a transformer). Start:
+as the authors' code, U (their FacTv, the output side) 0, everything else Xavier-uniform.
 """
 
 from __future__ import annotations

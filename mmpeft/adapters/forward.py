@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Factors
 from mmpeft.adapters.slot import Part, Slot
+from mmpeft.adapters.stack import Piece, pieces_of
 from mmpeft.adapters.state import SLOT, Active
 from mmpeft.errors import ConfigError, Unsupported
 
@@ -55,6 +55,8 @@ def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
         return op.base(owner, x, cast(Tensor, owner.weight), cast("Tensor | None", getattr(owner, "bias", None)))
     if state.watching:
         slot.watch(x)
+    if state.indexed == "rows" and not state.bare:
+        return _indexed_rows(owner, op, x, base)
     active = state.current()
     if active.rows is not None and not (state.bare or active.base):
         return _mixed(owner, op, x, base, active)
@@ -86,9 +88,9 @@ def _refuse_dropout(slot: Slot, active: Active) -> None:
 
 def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
     """scale * B A drop(x), in x's dtype (autocast decides under autocast)."""
-    f, p = part.factors, getattr(part.delta.method, "dropout", 0.0)
+    f, delta = part.factors, part.delta
     assert f.A is not None and f.B is not None
-    if p and part.delta.training:
+    if delta is not None and delta.training and (p := getattr(delta.method, "dropout", 0.0)):
         x = F.dropout(x, p)
     dtype = x.dtype if x.is_floating_point() else owner._parameters["weight"].dtype  # type: ignore[union-attr]
     return op.expand(owner, op.shrink(owner, x, f.A.to(dtype)), (f.B * part.scale).to(dtype))
@@ -133,67 +135,69 @@ def _along(v: Tensor, y: Tensor, axis: int) -> Tensor:
 def _mixed(owner: nn.Module, op: Op, x: Tensor, base: Tensor, active: Active) -> Tensor:
     """Row i of the batch under adapter `active.rows[i]`: stacked, rank-padded factors gathered by an index tensor."""
     slot = cast(Slot, owner._modules[SLOT])
-    start, groups = slot.rows_parts("weight", base)
-    bias = owner._parameters.get("bias")
-    biases = None if bias is None else slot.rows_vectors("bias", bias)
-    touched = [d for _, d in slot.deltas(active.names) if d.site.kind == "weight"]
-    if not touched:
-        return op.base(owner, x, start, None if biases is None else biases[0])
     assert active.rows is not None
-    site = touched[0].site
+    start = slot.pinned.get("weight", base)
+    touched = [d for _, d in slot.deltas(active.names) if d.site.kind == "weight"]
+    bias = owner._parameters.get("bias")
+    if not touched:
+        return op.base(owner, x, start, bias)
+    name = touched[0].site.name
     if not op.mixes:
-        raise Unsupported(f"rows= at {site.name}: a {type(owner).__name__} cannot differ within a batch")
-    if slot.rows_fit is False or x.ndim < 2 or x.shape[0] != len(active.rows):
+        raise Unsupported(f"rows= at {name}: a {type(owner).__name__} cannot differ within a batch")
+    groups = slot.rows_parts("weight", start)
+    pieces = pieces_of(groups)
+    if pieces is None:
+        raise Unsupported(f"rows= at {name}: the methods there share rows of the weight; use one adapter a batch")
+    biases = None if bias is None else slot.rows_vectors("bias", bias)
+    _check_batch(slot, name, x, len(active.rows))
+    return _gathered(owner, op, x, start, pieces, biases, slot.state.rows_of(active, x.device))
+
+
+def _check_batch(slot: Slot, name: str, x: Tensor, rows: int) -> None:
+    if slot.rows_fit is False or x.ndim < 2 or x.shape[0] != rows:
         raise ConfigError(
-            f"rows= at {site.name}: {len(active.rows)} rows were given, but this site's input of shape "
-            f"{tuple(x.shape)} does not keep the batch on its first axis"
+            f"rows= at {name}: {rows} rows were given, but this site's input of shape {tuple(x.shape)} does not keep the "
+            "batch on its first axis"
         )
-    index = slot.state.rows_of(active, x.device)
+
+
+def _gathered(
+    owner: nn.Module, op: Op, x: Tensor, start: Tensor, pieces: list[Piece], biases: Tensor | None, index: Tensor
+) -> Tensor:
+    """The call with each row's own update; `index` [B] into the pieces' and biases' first axis."""
     spread = (-1, *(1,) * (x.ndim - 2))  # [B, n] -> [B, 1.., n]
     y = op.base(owner, x, start, None)
-    for begin, stop in sorted({(p.start, p.stop) for g in groups for p in g}):
-        here = [next((p for p in g if (p.start, p.stop) == (begin, stop)), None) for g in groups]
-        if any(len([p for p in g if p.start < stop and p.stop > begin]) > 1 for g in groups):
-            raise Unsupported(f"rows= at {site.name}: two methods share its rows; use one adapter a batch")
-        A, B, row, col = _stack(here, start, begin, stop)
-        z = y.narrow(-1, begin, stop - begin)
-        if col is not None:
-            z = op.base(owner, x * col.to(x.dtype)[index].unflatten(0, spread), start, None).narrow(-1, begin, stop - begin)
-        if A is not None and B is not None:
-            s = torch.bmm(x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1), A.to(x.dtype)[index].mT)
-            z = z + torch.bmm(s, B.to(x.dtype)[index].mT).view_as(z)
-        if row is not None:
-            z = z * row.to(z.dtype)[index].unflatten(0, spread)
-        y = torch.cat([y.narrow(-1, 0, begin), z, y.narrow(-1, stop, y.shape[-1] - stop)], -1)
+    for p in pieces:
+        z = y.narrow(-1, p.start, p.stop - p.start)
+        if p.col is not None:
+            scaled = x * p.col.to(x.dtype)[index].unflatten(0, spread)
+            z = op.base(owner, scaled, start, None).narrow(-1, p.start, p.stop - p.start)
+        if p.A is not None and p.B is not None:
+            s = torch.bmm(x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1), p.A.to(x.dtype)[index].mT)
+            z = z + torch.bmm(s, p.B.to(x.dtype)[index].mT).view_as(z)
+        if p.row is not None:
+            z = z * p.row.to(z.dtype)[index].unflatten(0, spread)
+        y = torch.cat([y.narrow(-1, 0, p.start), z, y.narrow(-1, p.stop, y.shape[-1] - p.stop)], -1)
     if biases is None:
         return y
     return y + (biases[index] if len(biases) > 1 else biases).to(y.dtype).unflatten(0, spread)
 
 
-def _stack(
-    here: list[Part | None], like: Tensor, begin: int, stop: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """[n + 1, ...] stacks of A (rank-padded), B (scaled), row and col; the last entry is the base."""
-    factors = [p.factors if p else Factors() for p in here] + [Factors()]
-    rank = max((f.A.shape[0] for f in factors if f.A is not None), default=0)
-    into = next((t.shape[-1] for f in factors for t in (f.A, f.col) if t is not None), 0)
-    out, dev = stop - begin, like.device
-    A = B = row = col = None
-    if rank:
-        A = torch.stack([_pad(f.A, rank, 0) if f.A is not None else torch.zeros(rank, into, device=dev) for f in factors])
-        B = torch.stack(
-            [_pad(f.B * f.scale, rank, 1) if f.B is not None else torch.zeros(out, rank, device=dev) for f in factors]
-        )
-    if any(f.row is not None for f in factors):
-        row = torch.stack([f.row if f.row is not None else torch.ones(out, device=dev) for f in factors])
-    if any(f.col is not None for f in factors):
-        col = torch.stack([f.col if f.col is not None else torch.ones(into, device=dev) for f in factors])
-    return A, B, row, col
-
-
-def _pad(t: Tensor, rank: int, axis: int) -> Tensor:
-    missing = rank - t.shape[axis]
-    return F.pad(t, (0, missing) if axis == 1 else (0, 0, 0, missing)) if missing else t
+def _indexed_rows(owner: nn.Module, op: Op, x: Tensor, base: Tensor) -> Tensor:
+    """As `_mixed`, from the prebuilt stacks of `mmpeft.stack`."""
+    slot = cast(Slot, owner._modules[SLOT])
+    start = slot.pinned.get("weight", base)
+    bias = owner._parameters.get("bias")
+    weights, biases = slot.stacks.get("weight"), slot.stacks.get("bias")
+    found = weights or biases
+    if found is None:
+        return op.base(owner, x, start, bias)
+    index = found.rows()
+    if not op.mixes or (weights is not None and weights.values is not None):
+        raise Unsupported(f"rows= at {found.name}: it cannot differ within a batch")
+    _check_batch(slot, found.name, x, len(index))
+    vectors = biases.values if biases is not None else None if bias is None else bias.unsqueeze(0)
+    return _gathered(owner, op, x, start, weights.pieces if weights is not None else [], vectors, index)
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from mmpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoHa(LowRank, name="loha"):
-    """`W' = W + alpha / rank * (B1 A1) * (B2 A2)`, elementwise (arXiv 2309.14859); A1, A2 [rank, in], B1, B2 [out, rank];
-    2 rank (in + out) parameters. Start: all Kaiming-uniform but B2, which is 0.
+    """`W' = W + alpha / rank * (B1 A1) * (B2 A2)`, elementwise (arXiv 2309.14859); A1, A2 [rank, in], B1, B2 [out,
+    rank]; 2 rank (in + out) parameters. Start: all Kaiming-uniform but B2, which is 0.
 
     The product is itself a pair of rank rank^2 (row-wise and column-wise Khatri-Rao products), which runs beside
-    the frozen call where rank^2 <= min(out, in); above that W' is formed, and `dropout` and rows of a batch are refused.
+    the frozen call where rank^2 <= min(out, in); above that W' is formed, and `dropout` and rows of a batch are
+    refused.
     """
 
     def check(self, site: Site) -> None:
@@ -60,8 +61,8 @@ class LoHa(LowRank, name="loha"):
 
 @dataclass(frozen=True)
 class HiRA(Ranked, name="hira"):
-    """`W' = W * (1 + B A)`, elementwise (HiRA, ICLR 2025); A [rank, in] Kaiming-uniform, B [out, rank] 0; rank (in + out)
-    parameters. The paper has no alpha.
+    """`W' = W * (1 + B A)`, elementwise (HiRA, ICLR 2025); A [rank, in] Kaiming-uniform, B [out, rank] 0; rank (in +
+    out) parameters. The paper has no alpha.
 
     The update depends on W and is not low-rank, so W' is formed; after another adapter, W is that one's weight.
     """

@@ -1,12 +1,14 @@
 """Updates made of Kronecker products: few numbers, yet of full rank, since rank(A (x) B) = rank A * rank B.
 
-    KronA        Edalati et al. 2022, arXiv 2212.10650: one product, W' = W + s A (x) B. (Its KronA-B and KronA-res are the
-                 parallel bottlenecks of `phm.py`.)
-    LoKr         Yeh et al. 2023 (LyCORIS), arXiv 2309.14859: W' = W + s C (x) D with C and D themselves low-rank where large.
-    KAdaptation  He et al. 2023, arXiv 2203.16329: a sum of t products, W' = W + sum_j A_j (x) (u_j v_j), the A_j shared by
-                 all sites. The survey says it tunes its rank dynamically; it doesn't.
+    KronA        Edalati et al. 2022, arXiv 2212.10650: one product, W' = W + s A (x) B. (Its KronA-B and KronA-res are
+                 the parallel bottlenecks of `phm.py`.)
+    LoKr         Yeh et al. 2023 (LyCORIS), arXiv 2309.14859: W' = W + s C (x) D with C and D themselves low-rank where
+                 large.
+    KAdaptation  He et al. 2023, arXiv 2203.16329: a sum of t products, W' = W + sum_j A_j (x) (u_j v_j), the A_j shared
+                 by all sites. The survey says it tunes its rank dynamically; it doesn't.
 
-A convolution's matrix view is [out, channels * prod(k)], so a factor of its columns divides channels and keeps kernels whole.
+A convolution's matrix view is [out, channels * prod(k)], so a factor of its columns divides channels and keeps kernels
+whole.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def kron(a: Tensor, b: Tensor) -> Tensor:
 
 
 def factor_pair(n: int, factor: int) -> tuple[int, int]:
-    """(small, large) with small * large = n: `factor` itself where it divides n, else the most square pair whose smaller
-    member is at most `factor` (-1: no limit)."""
+    """(small, large) with small * large = n: `factor` itself where it divides n, else the most square pair whose
+    smaller member is at most `factor` (-1: no limit)."""
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     most = n if factor < 0 else factor
@@ -106,12 +108,12 @@ class LoKr(Ranked, name="lokr"):
         taps = 1  # kernel taps, which stay with D
         if site.layout is not None and site.layout.name in ("conv", "conv_transposed"):
             taps = int(torch.Size(site.layout.shape[2:]).numel())
-        (l, k), (m, n), r = factor_pair(out, self.factor), factor_pair(into // taps, self.factor), self.rank
+        (rows, k), (m, n), r = factor_pair(out, self.factor), factor_pair(into // taps, self.factor), self.rank
         tensors: dict[str, Tensor] = {}
-        if self.decompose_both and r < max(l, m) / 2:
-            tensors |= {"C1": zeros(*stack, l, r, like=base), "C2": kaiming(*stack, r, m, like=base)}
+        if self.decompose_both and r < max(rows, m) / 2:
+            tensors |= {"C1": zeros(*stack, rows, r, like=base), "C2": kaiming(*stack, r, m, like=base)}
         else:
-            tensors["C"] = zeros(*stack, l, m, like=base)
+            tensors["C"] = zeros(*stack, rows, m, like=base)
         if r < max(k, n) / 2:
             tensors |= {"D1": kaiming(*stack, k, r, like=base), "D2": kaiming(*stack, r, n * taps, like=base)}
         else:
@@ -129,8 +131,8 @@ class KAdaptation(Ranked, name="kadaptation", aliases=("kadaption",)):
     """`W' = W + sum_{j<t} A_j (x) (u_j v_j)`: A_j [t, t] shared by all sites ("slow weights"), u_j [out / t, rank], v_j
     [rank, in / t] of each site (arXiv 2203.16329). Parameters: t^3 + sum over sites of rank (in + out).
 
-    Start: A_j N(0, 0.01) (as Compacter's), u_j Xavier, v_j 0. As a low-rank pair it has rank t^2 `rank`, which runs beside the
-    frozen call where that is no more than min(out, in).
+    Start: A_j N(0, 0.01) (as Compacter's), u_j Xavier, v_j 0. As a low-rank pair it has rank t^2 `rank`, which runs
+    beside the frozen call where that is no more than min(out, in).
 
     Args:
         rank: of each u_j v_j.

@@ -1,11 +1,14 @@
 """Variants of LoRA that change what is trained, or what stands between A and B.
 
     LoRA-FA     Zhang et al. 2023, arXiv 2308.03303: A stays at its random start, only B is trained.
-    LoRA-XS     Balazy et al. 2024, arXiv 2405.17604: between the top singular factors of W, only an r x r matrix is trained.
-    MoSLoRA     Wu et al. 2024, arXiv 2406.11909: a trained mixer between A and B. (The survey calls it MoLE in one place.)
+    LoRA-XS     Balazy et al. 2024, arXiv 2405.17604: between the top singular factors of W, only an r x r matrix is
+                trained.
+    MoSLoRA     Wu et al. 2024, arXiv 2406.11909: a trained mixer between A and B. (The survey calls it MoLE in one
+                place.)
     Kernel-mix  Chen et al. 2022, arXiv 2205.03720: LoRA plus a small pair of its own for every head.
     Delta-LoRA  Zi et al. 2023, arXiv 2309.02411: the weight follows the change of BA.
-    RoseLoRA    Wang et al. 2024, arXiv 2406.10777: rows of A and columns of B kept sparse. The survey files it under transfer.
+    RoseLoRA    Wang et al. 2024, arXiv 2406.10777: rows of A and columns of B kept sparse. The survey files it under
+                transfer.
     DeLoRA      Bini et al. 2025, arXiv 2503.18225: angle and strength of every rank-one part apart.
     RandLoRA    Albert et al. 2025, arXiv 2502.00987: a full-rank sum of frozen random pairs with trained diagonals.
 
@@ -38,8 +41,9 @@ from mmpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoRAFA(LowRank, name="lora-fa", aliases=("lorafa",)):
-    """LoRA with A frozen at its random start (arXiv 2308.03303): rank out trained parameters, and the input of the site need not
-    be kept for the backward. A is saved with the adapter. (HF PEFT's LoRA-FA is an optimizer that also rescales B's gradient.)
+    """LoRA with A frozen at its random start (arXiv 2308.03303): rank out trained parameters, and the input of the site
+    need not be kept for the backward. A is saved with the adapter. (HF PEFT's LoRA-FA is an optimizer that also
+    rescales B's gradient.)
     """
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
@@ -50,12 +54,13 @@ class LoRAFA(LowRank, name="lora-fa", aliases=("lorafa",)):
 
 @dataclass(frozen=True)
 class LoRAXS(LowRank, name="lora-xs", aliases=("loraxs",)):
-    """`W' = W + alpha / rank * U_r S_r R V_r^T` with U, S, V the top singular triplets of W, frozen, and R [rank, rank] trained from
-    N(0, 1e-5) (arXiv 2405.17604); rank^2 parameters. That start is not the identity, by about 1e-5 of W.
+    """`W' = W + alpha / rank * U_r S_r R V_r^T` with U, S, V the top singular triplets of W, frozen, and R [rank, rank]
+    trained from N(0, 1e-5) (arXiv 2405.17604); rank^2 parameters. That start is not the identity, by about 1e-5 of W.
 
     Args:
-        save_projection: also save the frozen factors (rank (in + out) numbers). Without them the file holds R alone and loading
-            repeats the decomposition; close singular values may then turn on another device or in another precision.
+        save_projection: also save the frozen factors (rank (in + out) numbers). Without them the file holds R alone and
+            loading repeats the decomposition; close singular values may then turn on another device or in another
+            precision.
     """
 
     save_projection: bool = True
@@ -107,9 +112,10 @@ class MoSLoRA(LowRank, name="moslora"):
 
 @dataclass(frozen=True)
 class KernelMix(LowRank, name="kernel-mix", aliases=("kernelmix",)):
-    """For the rows of head h, `W'_h = W_h + alpha / rank * [B_h | C_h] [A ; D_h]`: A [rank, in] shared by the heads as in LoRA, D_h
-    [head_rank, in] and C_h [out / heads, head_rank] the head's own (arXiv 2205.03720, transposed: the paper writes x W, so its
-    shared factor is the input side here too). rank (in + out) + head_rank (heads in + out) parameters. Start: B and C 0.
+    """For the rows of head h, `W'_h = W_h + alpha / rank * [B_h | C_h] [A ; D_h]`: A [rank, in] shared by the heads as
+    in LoRA, D_h [head_rank, in] and C_h [out / heads, head_rank] the head's own (arXiv 2205.03720, transposed: the
+    paper writes x W, so its shared factor is the input side here too). rank (in + out) + head_rank (heads in + out)
+    parameters. Start: B and C 0.
 
     Args:
         heads: number of heads; divides the rows.
@@ -142,11 +148,12 @@ class KernelMix(LowRank, name="kernel-mix", aliases=("kernelmix",)):
 
 @dataclass(frozen=True)
 class DeltaLoRA(LowRank, name="delta-lora", aliases=("deltalora",)):
-    """Delta-LoRA (arXiv 2309.02411): after every step the weight takes the change of the product, W <- W + lam s (B A - B_old A_old),
-    s = alpha / rank, without being in the optimizer; the forward is W + s B A.
+    """Delta-LoRA (arXiv 2309.02411): after every step the weight takes the change of the product, W <- W + lam s (B A -
+    B_old A_old), s = alpha / rank, without being in the optimizer; the forward is W + s B A.
 
-    The changes telescope, so the weight is W + lam s (B A - B_0 A_0), (A_0, B_0) the pair when the updates began. That is what is
-    computed here, with no gradient through it: the same trajectory, and the base stays untouched. They begin at once, or, with
+    The changes telescope, so the weight is W + lam s (B A - B_0 A_0), (A_0, B_0) the pair when the updates began. That
+    is what is computed here, with no gradient through it: the same trajectory, and the base stays untouched. They begin
+        at once, or, with
     `wait`, when `begin_delta_lora` is called (the paper's K warm-up steps).
 
     Args:
@@ -171,7 +178,8 @@ class DeltaLoRA(LowRank, name="delta-lora", aliases=("deltalora",)):
 
 
 def begin_delta_lora(model: nn.Module, name: str | None = None) -> int:
-    """End the warm-up of every Delta-LoRA site (of adapter `name`): from here on the weight follows. Returns the number of sites.
+    """End the warm-up of every Delta-LoRA site (of adapter `name`): from here on the weight follows. Returns the number
+    of sites.
 
     Raises:
         ConfigError: there is none, or it began before.
@@ -190,8 +198,9 @@ def begin_delta_lora(model: nn.Module, name: str | None = None) -> int:
 
 @dataclass(frozen=True)
 class RoseLoRA(LowRank, name="roselora"):
-    """LoRA whose rows of A and columns of B are sparse (arXiv 2406.10777), so that B A is sparse too. Which entries stay is the
-    business of a `RosePruner` (`sparsify.py`), which zeroes the rest after every step; a zero may come back while the schedule runs.
+    """LoRA whose rows of A and columns of B are sparse (arXiv 2406.10777), so that B A is sparse too. Which entries
+    stay is the business of a `RosePruner` (`sparsify.py`), which zeroes the rest after every step; a zero may come back
+    while the schedule runs.
 
     Args:
         sparsity: final share of zeros in every row of A and column of B.
@@ -207,9 +216,9 @@ class RoseLoRA(LowRank, name="roselora"):
 
 @dataclass(frozen=True)
 class DeLoRA(LowRank, name="delora"):
-    """Decoupled LoRA (arXiv 2503.18225), `W' = W + lam / rank * (sum_i b_i a_i^T / (||b_i|| ||a_i||)) diag(||W_:j||)`: every rank-one part
-    has norm 1, one trained number `lam` a site bounds the update, and each input is scaled by its column of W. A, B, lam trained:
-    rank (in + out) + 1 parameters.
+    """Decoupled LoRA (arXiv 2503.18225), `W' = W + lam / rank * (sum_i b_i a_i^T / (||b_i|| ||a_i||)) diag(||W_:j||)`:
+    every rank-one part has norm 1, one trained number `lam` a site bounds the update, and each input is scaled by its
+    column of W. A, B, lam trained: rank (in + out) + 1 parameters.
 
     Start: B 0, norms below 1e-4 count as 1e-4 (the authors' code in HF PEFT).
 
@@ -241,10 +250,11 @@ class DeLoRA(LowRank, name="delora"):
 
 @dataclass(frozen=True)
 class RandLoRA(LowRank, name="randlora"):
-    """`W' = W + alpha / rank * sum_j B_j diag(lambda_j) A diag(gamma_j)` over ceil(min(out, in) / rank) frozen random pairs, so the
-    update has full rank (arXiv 2502.00987). A [rank, min] and B_j [max, rank] are drawn from `seed` for each size and are not in the
-    file; where out < in the whole sum is transposed, so that gamma is on the smaller side. Trained: lambda [n, rank] from 0 and gamma
-    [n, min] from 1 / max(n, min) (HF PEFT's start); n (rank + min) parameters.
+    """`W' = W + alpha / rank * sum_j B_j diag(lambda_j) A diag(gamma_j)` over ceil(min(out, in) / rank) frozen random
+    pairs, so the update has full rank (arXiv 2502.00987). A [rank, min] and B_j [max, rank] are drawn from `seed` for
+    each size and are not in the file; where out < in the whole sum is transposed, so that gamma is on the smaller side.
+    Trained: lambda [n, rank] from 0 and gamma [n, min] from 1 / max(n, min) (HF PEFT's start); n (rank + min)
+    parameters.
 
     Choice: entries N(0, 1), as the paper's appendix and HF PEFT normalise them; every size of matrix has its own draw.
     """

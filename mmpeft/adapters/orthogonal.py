@@ -1,12 +1,13 @@
-"""Orthogonal fine-tuning: multiply the weight by a trained rotation or reflection, which keeps the angles between its rows.
+"""Orthogonal fine-tuning: the weight times a trained rotation or reflection, which keeps the angles between its rows.
 
     OFT   Qiu et al. 2023, arXiv 2306.07280: block-diagonal rotation by the Cayley transform.
     BOFT  Liu et al. 2024, arXiv 2311.06243: a product of m butterfly factors, which reaches every pair of inputs.
     HRA   Yuan et al. 2024, arXiv 2405.17484: a product of Householder reflections.
 
-The papers write a layer's weight as [in, out] and multiply from the left, so the input is what turns: here, [out, in] from the
-right. A convolution's matrix is [out, channels * kernel], and all of its columns turn together, exactly (HF PEFT unfolds and
-folds the image instead, which counts overlapping pixels several times, so its kernels above 1 differ from any weight).
+The papers write a layer's weight as [in, out] and multiply from the left, so the input is what turns: here, [out, in]
+from the right. A convolution's matrix is [out, channels * kernel], and all of its columns turn together, exactly (HF
+PEFT unfolds and folds the image instead, which counts overlapping pixels several times, so its kernels above 1 differ
+from any weight).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def cayley(Q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OFT(Method, name="oft"):
-    """`W' = W R`, R block-diagonal of b x b rotations (I + Q)(I - Q)^-1 with Q skew-symmetric, 0 at the start (arXiv 2306.07280);
-    n / b * b (b - 1) / 2 parameters, or b (b - 1) / 2 with `share`, n the rotated side.
+    """`W' = W R`, R block-diagonal of b x b rotations (I + Q)(I - Q)^-1 with Q skew-symmetric, 0 at the start (arXiv
+    2306.07280); n / b * b (b - 1) / 2 parameters, or b (b - 1) / 2 with `share`, n the rotated side.
 
     Args:
         block_size: b; divides the rotated side.
@@ -90,9 +91,9 @@ def turn(W: Tensor, R: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BOFT(Method, name="boft"):
-    """`W' = diag(s) W R_1 ... R_m`, each R_j an OFT rotation between butterfly permutations (arXiv 2311.06243): factor j pairs up
-    halves of blocks that are 2^(j-1) blocks apart, so m = 1 + log2(in / b) of them mix every input with every other.
-    m in (b - 1) / 2 parameters, and out for `scale` (HF PEFT stores whole b x b blocks, twice as many).
+    """`W' = diag(s) W R_1 ... R_m`, each R_j an OFT rotation between butterfly permutations (arXiv 2311.06243): factor
+    j pairs up halves of blocks that are 2^(j-1) blocks apart, so m = 1 + log2(in / b) of them mix every input with
+    every other. m in (b - 1) / 2 parameters, and out for `scale` (HF PEFT stores whole b x b blocks, twice as many).
 
     Args:
         block_size: b, divides `in`; even where m > 1.
@@ -133,8 +134,8 @@ class BOFT(Method, name="boft"):
 
 
 def butterfly(n: int, b: int, j: int, device: torch.device) -> Tensor:
-    """Order of the n columns in which factor j's blocks are contiguous: every span of b 2^j columns is cut in chunks of b / 2, and a
-    block holds one chunk of the span's first half beside the same of its second (j = 0: nothing moves)."""
+    """Order of the n columns in which factor j's blocks are contiguous: every span of b 2^j columns is cut in chunks of
+    b / 2, and a block holds one chunk of the span's first half beside the same of its second (j = 0: nothing moves)."""
     if j == 0:
         return torch.arange(n, device=device)
     chunks = torch.arange(n, device=device).view(-1, 2, 2**j, b // 2)  # [spans, halves, chunks of a half, b / 2]
@@ -143,11 +144,11 @@ def butterfly(n: int, b: int, j: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class HRA(Ranked, name="hra"):
-    """Householder reflection adaptation, `W' = W H_1 ... H_r` with H_i = I - 2 u_i u_i^T / ||u_i||^2 (arXiv 2405.17484); rank in
-    parameters. Start: reflections in equal pairs, which undo each other, so the rank is even.
+    """Householder reflection adaptation, `W' = W H_1 ... H_r` with H_i = I - 2 u_i u_i^T / ||u_i||^2 (arXiv
+    2405.17484); rank in parameters. Start: reflections in equal pairs, which undo each other, so the rank is even.
 
-    The product is I - U T U^T with T upper triangular (the compact WY form), so the call runs beside the frozen one with the pair
-    A = U^T and B = -W U T, whose second factor depends on W.
+    The product is I - U T U^T with T upper triangular (the compact WY form), so the call runs beside the frozen one
+    with the pair A = U^T and B = -W U T, whose second factor depends on W.
 
     Args:
         rank: r, even.

@@ -1,11 +1,12 @@
-"""Bottleneck adapters whose two projections are sums of Kronecker products (parameterised hypercomplex multiplication, PHM).
+"""Bottleneck adapters whose two projections are sums of Kronecker products (parameterised hypercomplex multiplication,
+PHM).
 
     PHMAdapter   Zhang et al. 2021 (2102.08597), as in Mahabadi et al.: W = sum_{j<n} A_j (x) B_j
-    Compacter    Mahabadi et al. 2021, arXiv 2106.04647: W = sum_{j<n} A_j (x) (s_j t_j), B_j a product of rank `rank`, and the A_j
-                 shared by all layers. (The survey calls its factors a sparsity prior; they are low-rank.)
+    Compacter    Mahabadi et al. 2021, arXiv 2106.04647: W = sum_{j<n} A_j (x) (s_j t_j), B_j a product of rank `rank`,
+                 and the A_j shared by all layers. (The survey calls its factors a sparsity prior; they are low-rank.)
 
-The plan says where: after attention and feed-forward is Compacter, after the feed-forward alone Compacter++. The call, the channel
-axis and the activation are the plain bottleneck's. Start: the second projection is 0.
+The plan says where: after attention and feed-forward is Compacter, after the feed-forward alone Compacter++. The call,
+the channel axis and the activation are the plain bottleneck's. Start: the second projection is 0.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from mmpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class PHMAdapter(Bottleneck, name="phm"):
-    """Bottleneck with `down` and `up` = sum_j A_j (x) B_j: A_j [n, n], B_j [out / n, in / n]; 2 (n^3 + m d / n) + m + d parameters a site, or
-    n^3 once for all sites with `share`.
+    """Bottleneck with `down` and `up` = sum_j A_j (x) B_j: A_j [n, n], B_j [out / n, in / n]; 2 (n^3 + m d / n) + m + d
+    parameters a site, or n^3 once for all sites with `share`.
 
     Args:
         size, reduction, activation, scale, dropout, dim: as in `Bottleneck`; n divides both widths.
@@ -90,8 +91,8 @@ class PHMAdapter(Bottleneck, name="phm"):
 
 @dataclass(frozen=True)
 class Compacter(PHMAdapter, name="compacter", aliases=("compactor", "compacter++")):
-    """Compacter (arXiv 2106.04647): B_j = s_j t_j with s_j [out / n, rank], t_j [rank, in / n] Xavier, A_j N(0, 0.01) and shared. Parameters
-    a site: 2 rank (m + d) + m + d, and n^3 once. (RoBERTa-base, both places: 57,088.)
+    """Compacter (arXiv 2106.04647): B_j = s_j t_j with s_j [out / n, rank], t_j [rank, in / n] Xavier, A_j N(0, 0.01)
+    and shared. Parameters a site: 2 rank (m + d) + m + d, and n^3 once. (RoBERTa-base, both places: 57,088.)
 
     Args:
         rank: of the B_j.

@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.method import Delta, Factors, wide
+from mmpeft.adapters.rows import join_rows, only_rows, split_rows, take_rows
 from mmpeft.adapters.site import put_rows, slice_rows
 from mmpeft.adapters.state import Active, State
 from mmpeft.errors import ConfigError, Unsupported
+
+if TYPE_CHECKING:
+    from mmpeft.adapters.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Part:
     start: int
     stop: int
     factors: Factors
-    delta: Delta
+    delta: Delta | None  # None: picked from a stack
     weight: float = 1.0
 
     @property
@@ -51,6 +55,7 @@ class Slot(nn.Module):
         self.runs: dict[str, int] = {}  # liveness: how often each tensor was used factored, or the call wrapped
         self.follows: dict[str, tuple[nn.Module, str]] = {}  # tied tensors: the owner and name that carry the delta
         self.cache: dict[str, Cached] = {}  # tensor name -> W', without gradients only
+        self.stacks: dict[str, Stack] = {}  # tensor name -> all stacked adapters' updates (`mmpeft.stack`)
         self.inputs: list[tuple[int, Tensor]] = []  # liveness: (rows, summary of the first two) of each input
         self.rows_fit: bool | None = None  # whether liveness saw the batch on the first axis of this owner's input
 
@@ -87,6 +92,10 @@ class Slot(nn.Module):
             return cast(Tensor, getattr(owner, name))
         if state.probing:
             self.reads[tensor] = self.reads.get(tensor, 0) + 1
+        if state.indexed:
+            stack = self.stacks.get(tensor)
+            start = self.pinned.get(tensor, base)
+            return start if stack is None else stack.weight(start)
         active = state.current()
         if active.base:
             return base
@@ -104,6 +113,10 @@ class Slot(nn.Module):
             self.cache.pop(tensor, None)
             return self._compose(start, deltas, active)
         return self._cached(tensor, start, deltas, active)
+
+    def compose(self, start: Tensor, deltas: list[tuple[str, Delta]]) -> Tensor:
+        """W' under some deltas, one after the other."""
+        return self._compose(start, deltas, Active())
 
     def _compose(self, start: Tensor, deltas: list[tuple[str, Delta]], active: Active) -> Tensor:
         with full_precision(start.device):
@@ -139,10 +152,16 @@ class Slot(nn.Module):
     def parts(self, tensor: str, base: Tensor) -> tuple[Tensor, list[Part]] | None:
         """(starting weight, factored updates) under the active set, or None where W' has to be materialised."""
         state = self.state
-        active = state.current()
-        if state.bare or active.base:
+        if state.bare:
             return base, []
         start = self.pinned.get(tensor, base)
+        if state.indexed:
+            stack = self.stacks.get(tensor)
+            parts = [] if stack is None else stack.parts()
+            return None if parts is None else (start, parts)
+        active = state.current()
+        if active.base:
+            return base, []
         if isinstance(start, DTensor) or tensor in self.follows:
             return None
         found: list[Part] = []
@@ -159,10 +178,9 @@ class Slot(nn.Module):
             return None  # a row or column scale composes with nothing else on the same rows
         return start, found
 
-    def rows_parts(self, tensor: str, base: Tensor) -> tuple[Tensor, list[list[Part]]]:
-        """(starting weight, updates per adapter of `active.names`) for a batch whose rows use different adapters."""
+    def rows_parts(self, tensor: str, start: Tensor) -> list[list[Part]]:
+        """Updates per adapter of the active names, for a batch whose rows use different adapters."""
         active = self.state.current()
-        start = self.pinned.get(tensor, base)
         groups: list[list[Part]] = []
         for name in active.names:
             group = []
@@ -172,7 +190,7 @@ class Slot(nn.Module):
                     raise Unsupported(f"rows= at {delta.site.name}: {delta.method.name} cannot differ within a batch")
                 group.append(part)
             groups.append(group)
-        return start, groups
+        return groups
 
     def rows_vectors(self, tensor: str, base: Tensor) -> Tensor:
         """A bias under each adapter of `active.names` and, last, the base's: [n + 1, out]; [1, out] if none touches it."""
@@ -181,7 +199,7 @@ class Slot(nn.Module):
         found = [self.at(tensor, (name,)) for name in active.names]
         if not any(found):
             return start.unsqueeze(0)
-        return torch.stack([self._compose(start, deltas, Active()) for deltas in [*found, []]])
+        return torch.stack([self.compose(start, deltas) for deltas in [*found, []]])
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -236,12 +254,12 @@ class Slot(nn.Module):
     # --- copies ------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": {}, "reads": {}, "runs": {}, "inputs": []}
+        return self.__dict__ | {"cache": {}, "stacks": {}, "reads": {}, "runs": {}, "inputs": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         super()._apply(fn, recurse)
         self.pinned = {name: fn(t) for name, t in self.pinned.items()}
-        self.cache = {}
+        self.cache, self.stacks, self.state.indexed = {}, {}, ""  # `use` stacks again on the new device
         return self
 
     def extra_repr(self) -> str:
@@ -309,45 +327,3 @@ def apply(w: Tensor, delta: Delta) -> Tensor:
     m = site.layout.to_matrix(w)
     new = delta.method.weight(slice_rows(m, site.rows), delta)
     return site.layout.from_matrix(put_rows(m, new, site.rows))
-
-
-class only_rows:
-    """Within it, the batch consists of some rows of the active set's batch."""
-
-    def __init__(self, state: State, active: Active) -> None:
-        self.state, self.before, self.active = state, state.override, active
-
-    def __enter__(self) -> None:
-        self.state.override = self.active
-
-    def __exit__(self, *_: object) -> None:
-        self.state.override = self.before
-
-
-def take_rows(value: Any, index: list[int], batch: int) -> Any:
-    """The rows `index` of every tensor whose first axis is the batch; other values as they are."""
-    if isinstance(value, Tensor):
-        return value[index] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {k: take_rows(v, index, batch) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(take_rows(v, index, batch) for v in value)
-    return value
-
-
-def split_rows(value: Any, n: int) -> list[Any]:
-    """A call's output as one value per row."""
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == n:
-        return list(value)
-    if isinstance(value, tuple):
-        columns = [split_rows(v, n) if v is not None else [None] * n for v in value]
-        return [tuple(c[i] for c in columns) for i in range(n)]
-    raise ConfigError(f"rows= needs calls that return tensors with the batch of {n} first; got {type(value).__name__}")
-
-
-def join_rows(rows: list[Any]) -> Any:
-    """Undo `split_rows`."""
-    first = rows[0]
-    if isinstance(first, tuple):
-        return tuple(join_rows([r[i] for r in rows]) for i in range(len(first)))
-    return None if first is None else torch.stack(rows)

@@ -5,27 +5,33 @@
     PaFi           Liao et al. 2023, arXiv 2305.16742: the smallest weights; no data
     ChildTuningD   Xu et al. 2021, arXiv 2109.05687: Fisher too, at a larger share (its other form, F, is `ChildMask`)
     LTSFT          Ansell et al. 2022, arXiv 2110.07560: the entries that full fine-tuning changed most, rewound
-    SpIEL          Ansell et al. 2024, arXiv 2401.16405: drop what changed least, grow where the gradient is largest
+    UBitFit        single bias entries; FAR, NEFT  whole rows that a priming run changed or turned most
 
-The base never moves, so masks cost no dense optimizer state. Which entries: the method's criterion (`criteria.py`). Those that need no
-data are chosen when the adapter attaches, per site; the others, and shares of the whole model, by `attach_selected`.
+The base never moves, so masks cost no dense optimizer state. Which entries: the method's criterion (`criteria.py`).
+Those that need no data are chosen when the adapter attaches, per site; the others, and shares of the whole model, by
+`attach_selected`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.attach import attach
 from mmpeft.adapters.criteria import DATA_FREE, Evidence, Losses, criterion, gather, top
-from mmpeft.adapters.low_rank import site_seed
+from mmpeft.adapters.example import example_of
+from mmpeft.adapters.liveness import as_call, prove
+from mmpeft.adapters.low_rank import check_matrix, one_of, site_seed
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, wide, zeros
 from mmpeft.adapters.plan import Plan, PlanLike, Rule, Target, resolve
-from mmpeft.adapters.site import Site
+from mmpeft.adapters.selective import BitFit
+from mmpeft.adapters.site import Site, slice_rows
+from mmpeft.adapters.selective import BitFit
+from mmpeft.adapters.selective import BitFit
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError
 
@@ -54,39 +60,58 @@ class Sparse(Method, name="sparse"):
         if self.count is not None and self.count < 1:
             raise ConfigError(f"count {self.count}; expected at least 1")
 
+    def size(self, site: Site) -> int:
+        """How many units (here: entries) this site has."""
+        return torch.Size(site.shape).numel()
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        """One score a unit."""
+        return criterion(self.criterion)(evidence)
+
+    def values(self, k: int, base: Tensor) -> Tensor:
+        """The trained tensor of k units."""
+        return zeros(k, like=base)
+
     def budget(self, site: Site) -> int:
-        """Entries this site gets."""
-        n = torch.Size(site.shape).numel()
-        return self.count if self.count is not None else max(1, round(self.density * n))
+        """Units this site gets."""
+        return self.count if self.count is not None else max(1, round(self.density * self.size(site)))
 
     def check(self, site: Site) -> None:
-        n = torch.Size(site.shape).numel()
-        if self.budget(site) > n:
-            raise ConfigError(f"{self.budget(site)} entries at {site.name} of shape {tuple(site.shape)}; it has {n}")
+        if self.budget(site) > self.size(site):
+            raise ConfigError(
+                f"{self.budget(site)} places at {site.name} of shape {tuple(site.shape)}; it has {self.size(site)}"
+            )
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
         k, free = self.budget(site), self.criterion in DATA_FREE
         if not (free or base.is_meta) and self.count is None:
-            raise ConfigError(f"{type(self).__name__} chooses by {self.criterion}, which needs data; use attach_selected")
+            raise ConfigError(
+                f"{type(self).__name__} chooses by {self.criterion}, which needs data; use attach_selected"
+            )
         index = torch.full((k,), -1, device=base.device)  # until `attach_selected` or a file brings the places
         if free and not base.is_meta:
             evidence = Evidence(base.detach().to(wide(base.dtype)), generator=site_seed(self.seed, site))
-            index = top({"": criterion(self.criterion)(evidence)}, k)[""].to(base.device)
-        return Tensors({"value": zeros(k, like=base)}, frozen={"index": index}, facts={"placed": free})
+            index = top({"": self.scores(evidence)}, k)[""].to(base.device)
+        return Tensors({"value": self.values(k, base)}, frozen={"index": index}, facts={"placed": free})
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
         if not p.facts["placed"]:
             if bool((p.index < 0).any()):
                 raise ConfigError(f"{p.site.name}: {type(self).__name__} has no places yet; use attach_selected")
             p.facts["placed"] = True
+        return self.put(W, p)
+
+    def put(self, W: Tensor, p: Delta) -> Tensor:
+        """W with the values added at their places."""
         return W.reshape(-1).index_add(0, p.index, p.value).view(W.shape)
 
 
 @dataclass(frozen=True)
 class SHiRA(Sparse, name="shira"):
-    """Sparse high-rank adapter (arXiv 2406.13175): as many entries as LoRA of `rank` trains, rank (in + out), at random places
-    (SHiRA-Rand) or, with criterion "magnitude", the largest weights (SHiRA-WM); "gradient" and "sensitivity" are its Grad and SNIP."""
+    """Sparse high-rank adapter (arXiv 2406.13175): as many entries as LoRA of `rank` trains, rank (in + out), at random
+    places (SHiRA-Rand) or, with criterion "magnitude", the largest weights (SHiRA-WM); "gradient" and "sensitivity" are
+    its Grad and SNIP."""
 
     rank: int = 8
 
@@ -97,8 +122,8 @@ class SHiRA(Sparse, name="shira"):
 
 @dataclass(frozen=True)
 class FishMask(Sparse, name="fishmask", aliases=("fish", "fish_mask")):
-    """FISH Mask (arXiv 2111.09839): the `density` of all weights with the largest diagonal Fisher information, fixed before training;
-    attach it with `attach_selected`. (The survey cites a later variant for it.)"""
+    """FISH Mask (arXiv 2111.09839): the `density` of all weights with the largest diagonal Fisher information, fixed
+    before training; attach it with `attach_selected`. (The survey cites a later variant for it.)"""
 
     criterion: str = "fisher"
 
@@ -112,7 +137,8 @@ class PaFi(Sparse, name="pafi"):
 
 @dataclass(frozen=True)
 class ChildTuningD(Sparse, name="child-tuning-d"):
-    """Child-Tuning_D (arXiv 2109.05687): the child network of the `density` of weights with the largest Fisher information."""
+    """Child-Tuning_D (arXiv 2109.05687): the child network of the `density` of weights with the largest Fisher
+    information."""
 
     density: float = 0.2
     criterion: str = "fisher"
@@ -120,8 +146,8 @@ class ChildTuningD(Sparse, name="child-tuning-d"):
 
 @dataclass(frozen=True)
 class LTSFT(Sparse, name="lt-sft", aliases=("sft", "ltsft")):
-    """Lottery-ticket sparse fine-tuning (arXiv 2110.07560): the entries that a first full run changed most, trained from the original
-    weights. Attach with `attach_selected(model, plan, trained=...)`, the weights after that run."""
+    """Lottery-ticket sparse fine-tuning (arXiv 2110.07560): the entries that a first full run changed most, trained
+    from the original weights. Attach with `attach_selected(model, plan, trained=...)`, the weights after that run."""
 
     density: float = 0.05
     criterion: str = "change"
@@ -163,7 +189,7 @@ def attach_selected(
             for target in targets:
                 e = evidence[target.site.name]
                 e.start, e.value = e.value, _matrix(target, trained)
-        scores = {site: criterion(method.criterion)(e) for site, e in evidence.items()}
+        scores = {site: method.scores(e) for site, e in evidence.items()}
         total = sum(s.numel() for s in scores.values())
         counts = sum(method.budget(t.site) for t in targets)
         picked = top(
@@ -172,21 +198,22 @@ def attach_selected(
         for target in targets:
             site = target.site
             if site.name in picked:
-                match = f"{site.path}.{site.tensor}".lstrip(".") + (f"[{site.role}]" if site.role else "")
-                exact = replace(method, count=len(picked[site.name]))
-                rules.append(Rule(match, (exact,), rule.lr, rule.weight_decay))
+                counted = replace(method, count=len(picked[site.name]))
+                rules.append(Rule(exact(site), (counted,), rule.lr, rule.weight_decay))
                 chosen[site.name] = picked[site.name]
     attach(model, Plan(tuple(rules)), name, example=example, check=False)
     for delta in sparse_deltas(model, name):
         delta.index.copy_(chosen[delta.site.name])
     if check:
-        from mmpeft.adapters.example import example_of
-        from mmpeft.adapters.liveness import as_call, prove
-
         probe = example if example is not None else example_of(model)
         if probe is not None:
             prove(model, name, as_call(probe))
     return model
+
+
+def exact(site: Site) -> str:
+    """The pattern that matches this site alone."""
+    return f"{site.path}.{site.tensor}".lstrip(".") + (f"[{site.role}]" if site.role else "")
 
 
 def _fixed(method: Sparse) -> bool:
@@ -195,8 +222,6 @@ def _fixed(method: Sparse) -> bool:
 
 
 def _matrix(target: Target, trained: Mapping[str, Tensor]) -> Tensor:
-    from mmpeft.adapters.site import slice_rows
-
     path = f"{target.site.path}.{target.site.tensor}".lstrip(".")
     if path not in trained or target.site.layout is None:
         raise ConfigError(f"trained= has no {path!r}; pass the state_dict of the fully fine-tuned model")
@@ -211,57 +236,72 @@ def sparse_deltas(model: nn.Module, name: str) -> list[Delta]:
 
 
 @dataclass(frozen=True)
-class SpIEL(Sparse, name="spiel", aliases=("spiel-ag",)):
-    """SpIEL-AG (arXiv 2401.16405): a sparse delta of fixed size whose places move. It starts at random; every so often `spiel_step`
-    drops the entries that changed least since the last time (their values go back to 0) and grows as many where the accumulated
-    gradient of the dense weight is largest, at value 0."""
+class UBitFit(Sparse, name="u-bitfit", aliases=("ubitfit",)):
+    """BitFit pruned to single entries (Lawton et al. 2023, arXiv 2305.16597, U-BitFit): the `density` of all bias
+    entries with the largest first-order importance |b g|; attach it with `attach_selected`."""
 
-    density: float = 0.01
+    density: float = 0.5
+    criterion: str = "sensitivity"
+    space = "vector"
 
-    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        made = super().init(site, base, context)
-        return replace(made, frozen={**made.frozen, "before": made.trained["value"].clone()})
+    def tensors(self, path: str, module: nn.Module) -> list[str]:
+        return BitFit().tensors(path, module)
 
 
-@torch.no_grad()
-def spiel_step(
-    model: nn.Module,
-    losses: Losses,
-    share: float,
-    *,
-    name: str = "default",
-    optimizer: torch.optim.Optimizer | None = None,
-) -> int:
-    """Move the `share` of every SpIEL site's entries; returns how many moved.
+@dataclass(frozen=True)
+class SparseRows(Sparse, name="sparse-rows"):
+    """`W' = W + delta` on whole rows (output units) or columns of each weight, chosen by the sum of their entries'
+    scores (RoCoFT with any criterion). One matrix a site.
 
     Args:
-        losses: as in `criteria.gather`, run with the adapter active: their gradients say where to grow.
-        share: of the entries, 0 to 1; the paper anneals it to 0.
-        optimizer: its state of the moved entries is set to 0.
+        axis: "rows" or "columns".
     """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"share {share}; expected 0 <= share <= 1")
-    deltas = [d for d in sparse_deltas(model, name) if isinstance(d.method, SpIEL)]
-    modules = dict(model.named_modules())
-    targets = [Target(0, d.method, d.site, modules[d.site.path]) for d in deltas]
-    evidence = gather(model, targets, losses)
-    moved = 0
-    for d in deltas:
-        n = round(share * len(d.index))
-        drop = (d.value - d.before).abs().argsort()[:n]
-        score = criterion("gradient")(evidence[d.site.name]).flatten().clone()
-        score[d.index] = -1  # what is trained already is no candidate, the dropped included
-        grow = score.topk(n).indices
-        d.index[drop] = grow.to(d.index)
-        d.value[drop] = 0
-        for state in [optimizer.state[d.value]] if optimizer is not None and d.value in optimizer.state else []:
-            for t in state.values():
-                if isinstance(t, Tensor) and t.shape == d.value.shape:
-                    t[drop] = 0
-        order = d.index.argsort()
-        if optimizer is None or d.value not in optimizer.state:  # keep files canonical where no state would be mixed up
-            d.index.copy_(d.index[order])
-            d.value.copy_(d.value[order])
-        d.before.copy_(d.value)
-        moved += n
-    return moved
+
+    density: float = 0.05
+    axis: Literal["rows", "columns"] = "rows"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("axis", self.axis, ("rows", "columns"))
+
+    def check(self, site: Site) -> None:
+        check_matrix(self, site)
+        super().check(site)
+
+    def size(self, site: Site) -> int:
+        return site.shape[0 if self.axis == "rows" else 1]
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        return super().scores(evidence).sum(1 if self.axis == "rows" else 0)
+
+    def values(self, k: int, base: Tensor) -> Tensor:
+        return zeros(k, base.shape[1], like=base) if self.axis == "rows" else zeros(base.shape[0], k, like=base)
+
+    def put(self, W: Tensor, p: Delta) -> Tensor:
+        return W.index_add(0 if self.axis == "rows" else 1, p.index, p.value)
+
+
+@dataclass(frozen=True)
+class FAR(SparseRows, name="far"):
+    """Freeze and reconfigure (Vucetic et al. 2022, arXiv 2205.01541): the nodes of the feed-forward layers whose
+    weights a priming epoch changed most, by L1 norm, learn on. The paper permutes them into a sub-layer of their own;
+    the function is the same. Attach with `attach_selected(model, plan, trained=...)`, the weights after the priming
+    epoch."""
+
+    density: float = 0.4
+    criterion: str = "change"
+
+
+@dataclass(frozen=True)
+class NEFT(SparseRows, name="neft"):
+    """Neuron-level fine-tuning (Xu et al. 2024, arXiv 2403.11621): the rows that a full probe run turned most, by the
+    cosine between a row before and after. Attach with `attach_selected(model, plan, trained=...)`."""
+
+    criterion: str = "change"
+
+    def scores(self, evidence: Evidence) -> Tensor:
+        if evidence.start is None:
+            raise ConfigError("NEFT compares rows with their start: pass trained=")
+        return -torch.nn.functional.cosine_similarity(
+            evidence.value, evidence.start, dim=1 if self.axis == "rows" else 0
+        )

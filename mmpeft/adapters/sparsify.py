@@ -1,7 +1,8 @@
 """What runs beside the optimizer and keeps some of a method's numbers still or at zero.
 
     RosePruner   RoseLoRA's row- and column-wise pruning (Wang et al. 2024, arXiv 2406.10777)
-    ChildMask    Child-Tuning_F: a Bernoulli gradient mask a step (Xu et al. 2021, arXiv 2109.05687). The survey says gradient norms.
+    ChildMask    Child-Tuning_F: a Bernoulli gradient mask a step (Xu et al. 2021, arXiv 2109.05687). The survey says
+                 gradient norms.
     TopGradient  gradient-mask tuning: only the largest accumulated gradients update (Li et al. 2025, arXiv 2406.15330)
 
 The masks are called between `backward` and `step`, the pruner after `step`.
@@ -21,8 +22,9 @@ from mmpeft.errors import ConfigError
 
 
 class RosePruner:
-    """After every optimizer step: smooth the sensitivities |w g| of every RoseLoRA site's A and B, and zero what falls below the top
-    share of its row of A or column of B; the share falls from 1 to `1 - sparsity` cubically between steps `begin` and `end`.
+    """After every optimizer step: smooth the sensitivities |w g| of every RoseLoRA site's A and B, and zero what falls
+    below the top share of its row of A or column of B; the share falls from 1 to `1 - sparsity` cubically between steps
+    `begin` and `end`.
 
     Args:
         begin, end: steps between which the share falls (the paper's warm-up and cool-down lie outside).
@@ -83,8 +85,8 @@ class ChildMask:
 
 
 class TopGradient:
-    """Gradient-mask tuning: of each tensor only the `density` of entries with the largest |gradient| update, the gradient being what
-    has accumulated since the last step.
+    """Gradient-mask tuning: of each tensor only the `density` of entries with the largest |gradient| update, the
+    gradient being what has accumulated since the last step.
 
     Args:
         density: share of entries that update.

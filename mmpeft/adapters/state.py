@@ -56,6 +56,13 @@ class State:
     in_backward: bool = False
     override: Active | None = None  # within one call that runs a part of the batch
     row_index: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    stacked: tuple[str, ...] = ()  # adapters that `mmpeft.stack` put side by side
+    indexed: str = ""  # "one" or "rows": the active set is picked from the stacks by an index tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "active":  # whoever sets another active set leaves the stacks; `use` enters them again
+            object.__setattr__(self, "indexed", "")
+        object.__setattr__(self, name, value)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse names of adapters the model does not have."""
@@ -112,7 +119,12 @@ class State:
         return self.row_index[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "frames"} | {"row_index": {}, "seen": set()}
+        return {k: v for k, v in self.__dict__.items() if k != "frames"} | {
+            "row_index": {},
+            "seen": set(),
+            "stacked": (),
+            "indexed": "",
+        }
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values, frames=weakref.WeakKeyDictionary())

@@ -1,11 +1,12 @@
 """Training in a random subspace of the weights: intrinsic dimension (Aghajanyan et al. 2021, arXiv 2012.13255).
 
-    DID    theta = theta_0 + P(t): one trained vector t for all sites, each site's update a fixed random projection of it
+    DID    theta = theta_0 + P(t): one trained vector t for all sites, each site's update a fixed random projection of
+           it
     SAID   theta_l = theta_0l + lambda_l P(t)_l: structure-aware, with one trained number a site
 
-P is the Fastfood transform S H G Pi H B (Le et al. 2013, arXiv 1408.3060), drawn for each site from the seed and the site's
-name: random signs B, Hadamard H, a permutation Pi, Gaussians G, Hadamard again, and a scale S that keeps the norm of t. It costs
-n log n a forward for n weights and holds 13 bytes a weight, once per adapter and not in its file.
+P is the Fastfood transform S H G Pi H B (Le et al. 2013, arXiv 1408.3060), drawn for each site from the seed and the
+site's name: random signs B, Hadamard H, a permutation Pi, Gaussians G, Hadamard again, and a scale S that keeps the
+norm of t. It costs n log n a forward for n weights and holds 13 bytes a weight, once per adapter and not in its file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def fastfood(t: Tensor, signs: Tensor, order: Tensor, gauss: Tensor, size: int) -> Tensor:
-    """Project t [d] to [size] with vectors of length n, a power of two with n >= max(d, size); keeps the norm on average."""
+    """Project t [d] to [size] with vectors of length n, a power of two with n >= max(d, size); keeps the norm on
+    average."""
     n = gauss.shape[0]
     x = hadamard(torch.nn.functional.pad(t, (0, n - t.shape[0])) * signs)
     x = hadamard(gauss * x[order])
@@ -79,8 +81,8 @@ class DID(Method, name="did", aliases=("intrinsic-did",)):
 
 @dataclass(frozen=True)
 class SAID(DID, name="said", aliases=("intrinsic-said",)):
-    """Structure-aware intrinsic dimension (arXiv 2012.13255): `dimension` trained numbers in all, of which one a site is its own scale
-    lambda, 1 at the start."""
+    """Structure-aware intrinsic dimension (arXiv 2012.13255): `dimension` trained numbers in all, of which one a site
+    is its own scale lambda, 1 at the start."""
 
     def size(self, sites: int) -> int:
         if self.dimension <= sites:
@@ -96,4 +98,5 @@ class SAID(DID, name="said", aliases=("intrinsic-said",)):
         return Tensors({**made.trained, "lam": lam}, derived=made.derived)
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
-        return W + p.lam * fastfood(p.t, p.signs, p.order, p.gauss, W.numel()).view(W.shape)
+        update = fastfood(p.t, p.signs, p.order, p.gauss, W.numel()).view(W.shape)
+        return torch.addcmul(W, p.lam, update)

@@ -17,6 +17,7 @@ from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.liveness import as_call, tensors_in
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.slot import Slot
+from mmpeft.adapters.stack import activate
 from mmpeft.adapters.state import Active, make_active, slots, state_of
 from mmpeft.errors import ConfigError, Unsupported
 
@@ -42,20 +43,20 @@ class use:
         *,
         rows: Sequence[str | None] | None = None,
     ) -> None:
-        self.state = state_of(model)
+        self.model, self.state = model, state_of(model)
         if rows is not None and names is not None:
             raise ConfigError("use() takes names or rows=, not both")
         chosen = make_active(self.state, names, rows)
         if chosen.rows is not None:
             check_rows(model, chosen)
         self.before = self.state.active
-        self.state.active = chosen
+        activate(model, self.state, chosen)
 
     def __enter__(self) -> use:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.state.active = self.before
+        activate(self.model, self.state, self.before)
 
 
 def check_rows(model: nn.Module, chosen: Active) -> None:

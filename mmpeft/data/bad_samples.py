@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmpeft.data.loader import encode_one
+from mmpeft.data.encoding import encode_one
 from mmpeft.data.processor import Processor
 from mmpeft.data.samples import check_media_files, check_sample
 from mmpeft.errors import BadSample

@@ -15,141 +15,20 @@ It is no `DataLoader` subclass and has no `sampler`: Lightning then leaves it al
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.pin_memory import pin_memory as pin
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from mmpeft.data.encoding import EncodedDataset, OnBad, mix
 from mmpeft.data.processor import Processor
 from mmpeft.data.sampler import batches_per_epoch, epoch_batches
 from mmpeft.data.samples import length_hint
 from mmpeft.errors import BadSample, ConfigError
 
 log = logging.getLogger(__name__)
-OnBad = Literal["refuse", "skip"]
-_REPLACEMENTS = 64  # samples tried in place of a batch that is wholly bad, before giving up
-
-
-@dataclass
-class Loaded:
-    """What a worker sends back: a batch (None if all its samples were bad), and what it skipped, with the reasons."""
-
-    batch: Any
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> Loaded:
-        """Called by torch in its pinning thread."""
-        return Loaded(pin(self.batch), self.bad)  # type: ignore[no-untyped-call]
-
-
-class EncodedDataset(Dataset[Any]):
-    """Takes (epoch, index) pairs, a batch at a time, and gives encoded samples; the bad ones are refused or left out.
-
-    Args:
-        max_length: longest sample in tokens (`len(input_ids)`); a longer one is bad, never cut.
-    """
-
-    def __init__(
-        self, dataset: Any, processor: Processor, *, train: bool, on_bad: OnBad, max_length: int | None, seed: int
-    ) -> None:
-        self.dataset, self.processor, self.train = dataset, processor, train
-        self.on_bad, self.max_length, self.seed = on_bad, max_length, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[list[Any], list[tuple[str, str]]]:
-        items: list[Any] = []
-        bad: list[tuple[str, str]] = []
-        for key in keys:
-            self._take(key, items, bad)
-        if self.train and not items:  # a step without a sample would break the count of steps and hang other ranks
-            epoch, last = keys[-1]
-            for offset in range(1, min(_REPLACEMENTS, len(self)) + 1):
-                self._take((epoch, (last + offset) % len(self)), items, bad)
-                if items:
-                    break
-            else:
-                names = "; ".join(reason for _, reason in bad[:3])
-                raise BadSample(f"no usable sample among {len(bad)} in a row: {names}")
-        return items, bad
-
-    def _take(self, key: tuple[int, int], items: list[Any], bad: list[tuple[str, str]]) -> None:
-        epoch, index = key
-        try:
-            with _seeded(self.seed, epoch, index):
-                item = encode_one(self.dataset, index, self.processor, train=self.train, max_length=self.max_length)
-                items.append(item)
-        except BadSample as error:
-            if self.on_bad == "refuse":
-                raise BadSample(f"{error} [on_bad='refuse'; on_bad='skip' leaves it out and counts it]") from error
-            bad.append((f"{type(self.dataset).__name__}[{index}]", str(error)))
-
-    def collate(self, fetched: tuple[list[Any], list[tuple[str, str]]]) -> Loaded:
-        items, bad = fetched
-        return Loaded(self.processor.collate(items) if items else None, bad)
-
-
-def encode_one(dataset: Any, index: int, processor: Processor, *, train: bool, max_length: int | None) -> Any:
-    """Sample `index`, read and encoded.
-
-    Raises:
-        BadSample: naming the sample: unreadable or missing media, malformed, no supervised token, too long.
-    """
-    name = f"{type(dataset).__name__}[{index}]"
-    try:
-        sample = dataset[index]
-        name = sample["id"]
-        item = processor.encode(sample, train=train)
-    except BadSample as error:
-        raise error if str(name) in str(error) else BadSample(f"sample {name!r}: {error}") from error
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
-        raise BadSample(f"sample {name!r}: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while encoding sample {name!r}")
-        raise
-    ids, labels = _tensor(item, "input_ids"), _tensor(item, "labels")
-    if max_length is not None and ids is not None and ids.shape[-1] > max_length:
-        raise BadSample(f"sample {name!r}: too long, {ids.shape[-1]} tokens, max_length is {max_length}")
-    if train and labels is not None and labels.ndim and not bool((labels != -100).any()):
-        raise BadSample(f"sample {name!r}: no supervised token")
-    return item
-
-
-def _tensor(item: Any, name: str) -> torch.Tensor | None:
-    """`name` of an encoded sample (a mapping or an object), or of the first part of a (model sample, note) pair."""
-    if isinstance(item, tuple):
-        item = item[0]
-    value = item.get(name) if isinstance(item, dict) else getattr(item, name, None)
-    return torch.as_tensor(value) if isinstance(value, torch.Tensor | list) else None
-
-
-def mix(*numbers: int) -> int:
-    """A 32-bit seed out of several numbers; neighbours give unrelated seeds."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-class _seeded:
-    """Seeds `random` and torch's CPU generator inside, and puts both back: the main process may be the worker."""
-
-    def __init__(self, *numbers: int) -> None:
-        self.seed = mix(*numbers)
-
-    def __enter__(self) -> None:
-        self.python, self.torch = random.getstate(), torch.default_generator.get_state()
-        random.seed(self.seed)
-        torch.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        random.setstate(self.python)
-        torch.default_generator.set_state(self.torch)
 
 
 class _Keys:
@@ -163,7 +42,7 @@ class _Keys:
 
 
 class Progress:
-    """The epoch and the batches taken of it. Stands where Lightning looks for `set_epoch`: `loader.batch_sampler.sampler`.
+    """The epoch and the batches taken of it; Lightning looks for `set_epoch` at `loader.batch_sampler.sampler`.
 
     It knows nothing of the loader: in a reference cycle, torch's persistent workers take 5 s each to shut down.
     """
@@ -306,11 +185,23 @@ class Loader:
 
 def _lengths(dataset: Any) -> list[int]:
     """Estimated lengths; a sample that cannot be read counts 0 and is dealt with when its turn comes."""
-    hint = getattr(dataset, "length_hint", None)
-    lengths = []
-    for index in range(len(dataset)):
-        try:
-            lengths.append(hint(index) if hint else length_hint(dataset[index]))
-        except (BadSample, OSError):
-            lengths.append(0)
-    return lengths
+    if isinstance(dataset, Subset):
+        whole = _hint_of(dataset.dataset)
+        return [_guarded(whole, index) for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [length for part in dataset.datasets for length in _lengths(part)]
+    hint = _hint_of(dataset)
+    return [_guarded(hint, index) for index in range(len(dataset))]
+
+
+def _hint_of(dataset: Any) -> Callable[[int], int]:
+    """The data set's own estimate, which opens no media, or one from its samples."""
+    own: Callable[[int], int] | None = getattr(dataset, "length_hint", None)
+    return own if own is not None else lambda index: length_hint(dataset[index])
+
+
+def _guarded(hint: Callable[[int], int], index: int) -> int:
+    try:
+        return hint(index)
+    except (BadSample, OSError):
+        return 0

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from mmpeft.data.bad_samples import Report, check
-from mmpeft.data.loader import Loader, OnBad
+from mmpeft.data.encoding import OnBad
+from mmpeft.data.loader import Loader
 from mmpeft.data.processor import ConversationProcessor, Processor
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
 

@@ -51,7 +51,10 @@ class ConversationDataset(Dataset[Sample]):
 
 
 def length_hint(sample: Mapping[str, Any]) -> int:
-    """Characters of a conversation, each image or sound counted as 256 (about 64 tokens)."""
+    """Characters of a conversation, each image or sound counted as 256 (about 64 tokens), or of a labelled text."""
+    if "messages" not in sample:
+        value = sample.get("input")
+        return len(value) if isinstance(value, str) else 0
     total = 0
     for message in sample["messages"]:
         content = message["content"]

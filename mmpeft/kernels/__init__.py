@@ -1,11 +1,12 @@
 """Fused kernels: what makes low-rank adapters as cheap in time as they are in FLOPs.
 
     lowrank_linear   y = x W^T + b + s (x A^T) B^T for one linear, a drop-in for the three-launch form
-    lowrank_group    the same for linears that share their input (q|k|v, gate|up), as one K-extended GEMM on `PackedGroup`
-    llama            a whole Llama-type training step (norm, RoPE, attention, SwiGLU, loss) with the fewest passes over memory
+    lowrank_group    the same for linears that share their input (q|k|v, gate|up), as one K-extended GEMM on
+    `PackedGroup` llama            a whole Llama-type training step (norm, RoPE, attention, SwiGLU, loss) with the
+    fewest passes over memory
 
-Each kernel stands beside its plain-torch reference, which runs where the kernel cannot (no GPU, no Triton); the log says
-so once. Nothing here imports Triton until a CUDA tensor arrives.
+Each kernel stands beside its plain-torch reference, which runs where the kernel cannot (no GPU, no Triton); the log
+says so once. Nothing here imports Triton until a CUDA tensor arrives.
 
 The repository's root has a link `kernels -> mmpeft/kernels`, and `kernels` is also the name of the hub library that
 transformers probes for. Imported under that name, this file steps aside: it loads the hub library from further along

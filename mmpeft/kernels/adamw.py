@@ -1,9 +1,13 @@
 """One AdamW launch for all adapter tensors, which also rewrites their compute copies (arXiv 1711.05101).
 
-Masters, gradients and moments of every tensor lie end to end in flat fp32 buffers. A table, one row a tensor, tells where its
-compute copy lies (a block of a `PackedGroup` buffer), with which leading dimension and factor; the kernel writes it in the
-same pass. Learning rate and step count live on the device, so a captured CUDA graph follows a schedule.
+Masters, gradients and moments of every tensor lie end to end in flat fp32 buffers. A table, one row a tensor, tells
+where its compute copy lies (a block of a `PackedGroup` buffer), with which leading dimension and factor; the kernel
+writes it in the same pass. Learning rate and step count live on the device, so a captured CUDA graph follows a
+schedule.
 """
+
+# Triton kernels are typed by their launch, not by annotations.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def _adamw(p, g, m, v, lr, step, grad_scale, tensor_of, start_of, first, numel, 
 
 
 class FlatAdamW:
-    """AdamW over `slots`; masters start as `masters`, which become views of `self.flat` (and their gradients of `self.grad`).
+    """AdamW over `slots`; the masters become views of `self.flat`, their gradients are views of `self.grad`.
 
     Args:
         masters: fp32 parameters [rows, cols], one a slot; their storage is replaced by a view of the flat buffer.
@@ -90,7 +94,10 @@ class FlatAdamW:
         for p, view in zip(masters, self.masters, strict=True):
             p.data = view
         blocks = [(i, e) for i, n in enumerate(sizes) for e in range(0, n, BLOCK)]
-        as_long = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
+
+        def as_long(values):
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
         self._table = (
             as_long([i for i, _ in blocks]),
             as_long([e for _, e in blocks]),
@@ -115,7 +122,8 @@ class FlatAdamW:
         self.steps.add_(1)
         if use_triton(self.flat):
             _adamw[(self._table[0].numel(),)](
-                self.flat, self.grad, self.m, self.v, self.lr, self.steps, self.grad_scale, *self._table, *self.betas, self.eps,
+                self.flat, self.grad, self.m, self.v, self.lr, self.steps, self.grad_scale,
+                *self._table, *self.betas, self.eps,
                 COPY=_TL_DTYPE[self.slots[0].copy.dtype](), BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
             return

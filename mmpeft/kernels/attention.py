@@ -1,8 +1,8 @@
 """Causal self-attention for hand-written backwards: forward and backward as plain functions on [B, S, H, D] views.
 
-torch's own kernels do the work: cuDNN or flash, whichever is faster for the shape on this device (measured once a shape, on an
-H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value heads read in place. On CPU the reference is
-`F.scaled_dot_product_attention`, recomputed under autograd in the backward.
+torch's own kernels do the work: cuDNN or flash, whichever is faster for the shape on this device (measured once a
+shape, on an H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value heads read in place. On CPU
+the reference is `F.scaled_dot_product_attention`, recomputed under autograd in the backward.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, each [B, S, H, D] (strides as the kernel left them)."""
-    heads_first = (t.transpose(1, 2) for t in (do, q, k, v, o))
-    dq, dk, dv = _BACKWARD[_kind(q, k)](*heads_first, saved, scale)
+    do, qh, kh, vh, o = (t.transpose(1, 2) for t in (do, q, k, v, o))
+    dq, dk, dv = _BACKWARD[_kind(q, k)](do, qh, kh, vh, o, saved, scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -42,9 +42,10 @@ def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
-    return aten._scaled_dot_product_cudnn_attention_backward(
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         do, q, k, v, o, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True, scale=scale
     )
+    return dq, dk, dv
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Any, ...]]:
@@ -56,9 +57,10 @@ def _flash_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
-    return aten._scaled_dot_product_flash_attention_backward(
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
         do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
     )
+    return dq, dk, dv
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, tuple[Any, ...]]:
@@ -71,9 +73,9 @@ def _torch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        again, _ = _torch(*inputs, scale)
-        dq, dk, dv = torch.autograd.grad(again, inputs, do.transpose(1, 2))
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        again, _ = _torch(q, k, v, scale)
+        dq, dk, dv = torch.autograd.grad(again, [q, k, v], do.transpose(1, 2))
     return dq, dk, dv
 
 
@@ -89,7 +91,7 @@ def _kind(q: Tensor, k: Tensor) -> str:
 
 @functools.cache
 def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int) -> str:
-    """The faster of cuDNN and flash for forward and backward at this shape, timed once on random data (a few milliseconds)."""
+    """The faster of cuDNN and flash for forward and backward at this shape, timed once on random data."""
     with torch.cuda.device(device):
         qkv = torch.randn(B, S, HQ + 2 * HK, D, dtype=dtype, device="cuda")
         q, k, v = qkv.split([HQ, HK, HK], 2)
@@ -105,11 +107,11 @@ def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: i
 
 
 def _time(kind: str, q: Tensor, k: Tensor, v: Tensor) -> float:
-    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    o, saved = _FORWARD[kind](*heads_first, 0.1)
-    _BACKWARD[kind](o.transpose(1, 2), *heads_first, o.transpose(1, 2), saved, 0.1)
+    o, saved = _FORWARD[kind](q, k, v, 0.1)
+    _BACKWARD[kind](o.transpose(1, 2), q, k, v, o.transpose(1, 2), saved, 0.1)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))

@@ -1,13 +1,15 @@
 """Which implementation runs: Triton on CUDA tensors, the plain-torch reference everywhere else, said once in the log.
 
-`backend("triton")` forces the kernels (Triton's interpreter runs them on CPU tensors when TRITON_INTERPRET=1 was set before
-this module was imported); `backend("reference")` forces the references, which is how a suspected kernel is ruled out.
+`backend("triton")` forces the kernels (Triton's interpreter runs them on CPU tensors when TRITON_INTERPRET=1 was set
+before this module was imported); `backend("reference")` forces the references, which is how a suspected kernel is
+ruled out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -19,11 +21,12 @@ from mmpeft.errors import ConfigError, Unsupported
 
 log = logging.getLogger("mmpeft.kernels")
 
+triton: Any = None
+tl: Any = None
 try:
-    import triton
-    import triton.language as tl
-except Exception:  # not on this platform, or built for another torch: the references run
-    triton = tl = None  # type: ignore[assignment]
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+except (ImportError, OSError, RuntimeError):  # not on this platform, or built for another torch: the references run
+    triton = tl = None
 
 Backend = Literal["auto", "triton", "reference"]
 _backend: Backend = "auto"

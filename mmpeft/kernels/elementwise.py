@@ -9,6 +9,9 @@
 All statistics and products are fp32 inside. Buffers may have a leading dimension larger than their width.
 """
 
+# Triton kernels are typed by their launch, not by annotations.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import torch
@@ -85,7 +88,8 @@ def add_rmsnorm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, n: 
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     block = next_power_of_2(H)
     _add_rmsnorm[(T,)](
-        x, x if delta is None else delta, weight, total, n, rstd, 0 if delta is None else delta.stride(0), n.stride(0), H, eps,
+        x, x if delta is None else delta, weight, total, n, rstd,
+        0 if delta is None else delta.stride(0), n.stride(0), H, eps,
         ADD=delta is not None, BLOCK=block, num_warps=_row_warps(block),
     )  # fmt: skip
     return total, rstd
@@ -113,7 +117,7 @@ def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H,
 def rmsnorm_backward(
     dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None = None
 ) -> None:
-    """Fills out [T, h] with the gradient of x through the norm plus the residual's own gradient g; n with the norm's output."""
+    """Fills out [T, h] with x's gradient through the norm plus the residual's own g; n with the norm's output."""
     T, H = x.shape
     block = next_power_of_2(H)
     _rmsnorm_backward[(T,)](
@@ -125,7 +129,8 @@ def rmsnorm_backward(
 
 @jit
 def _rope(q, k, v, qb, qs, qh, kb, ks, kh, vb, vs, vh, out, ldo, cos, sin, S, period,
-          HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, INVERSE: tl.constexpr, COPY_V: tl.constexpr):  # fmt: skip
+          HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+          INVERSE: tl.constexpr, COPY_V: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     b, s = t // S, t % S
     h = tl.arange(0, BH)[:, None]
@@ -156,9 +161,10 @@ def _rope(q, k, v, qb, qs, qh, kb, ks, kh, vb, vs, vh, out, ldo, cos, sin, S, pe
 def rope(
     q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False
 ) -> None:
-    """Rotates q [B, S, Hq, d] and k [B, S, Hk, d] (any strides but the last) into out [B * S, >= (Hq + 2 Hk) d]; copies v.
+    """Rotates q [B, S, Hq, d], k [B, S, Hk, d] into out [B * S, >= (Hq + 2 Hk) d] and copies v; unit stride along d.
 
-    cos, sin: fp32 [S, d/2] or [B * S, d/2]. `out` may be where q and k lie. `inverse` turns the other way: the backward.
+    cos, sin: fp32 [S, d/2] or [B * S, d/2]. `out` may be where q and k lie. `inverse` turns the other way: the
+    backward.
     """
     B, S, HQ, D = q.shape
     HK = k.shape[2]

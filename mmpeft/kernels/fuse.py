@@ -1,25 +1,28 @@
 """Finding the parts of a Llama-type model by structure, and proving that the fused step computes the same function.
 
-Nothing is decided by class name: a model fits when it has an embedding, a list of blocks with the seven linears and two RMS norms
-and nothing else, a final norm and a head. What does not fit is refused with the reason. The fused hidden states and loss are then
-compared with the model's own on random tokens, so an unknown variation (a gate, a scaled residual) is refused too.
+Nothing is decided by class name: a model fits when it has an embedding, a list of blocks with the seven linears and
+two RMS norms and nothing else, a final norm and a head. What does not fit is refused with the reason. The fused
+hidden states and loss are then compared with the model's own on random tokens, so an unknown variation (a gate, a
+scaled residual) is refused too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import NameNotFound, Unsupported, nearest
-from mmpeft.kernels.llama import Block, FusedLlama, Group
+from mmpeft.kernels.group import Group
+from mmpeft.kernels.llama import Block, FusedLlama
 from mmpeft.kernels.packed import PackedGroup
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+AdapterOf = Callable[[nn.Module], "LowRank | None"]
 
 
 class LowRank(NamedTuple):
@@ -31,13 +34,20 @@ class LowRank(NamedTuple):
 
 
 def from_model(
-    model: nn.Module, adapters: Mapping[str, LowRank], *, check: bool = True, tolerance: float | None = None
+    model: Any,
+    adapters: Mapping[str, LowRank],
+    *,
+    attached: bool = False,
+    check: bool = True,
+    tolerance: float | None = None,
 ) -> FusedLlama:
     """The fused form of a causal LM of transformers, with `adapters` by the linears' paths from `model`.
 
-    The packed buffers become the storage of the model's own weights (same values, padded rows), so nothing is stored twice.
-    With `check`, the last hidden states and the loss without adapters, on random tokens, must agree with the model's own within
-    `tolerance` (relative; by default 1e-1 in half precision, 1e-4 in fp32).
+    The packed buffers become the storage of the model's own weights (same values, padded rows), so nothing is stored
+    twice. `attached` says that the model's own forward already applies these adapters (their masters may be its
+    parameters). With `check`, the last hidden states and the loss on random tokens (with the adapters where they are
+    attached, else without) must agree with the model's own within `tolerance` (relative; by default 1e-1 in half
+    precision, 1e-4 in fp32).
 
     Raises:
         Unsupported: the model's structure or a numeric check does not fit; the message says where.
@@ -46,7 +56,10 @@ def from_model(
     decoder = _decoder(model)
     paths = {id(m): name for name, m in model.named_modules()}
     unused = dict(adapters)
-    packed = [_block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)]) for layer in decoder.layers]
+    masters = {id(t) for a in adapters.values() for t in (a.A, a.B)}
+    packed = [
+        _block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)], masters) for layer in decoder.layers
+    ]
     if unused:
         known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise NameNotFound(f"no fused linear at {min(unused)!r}{nearest(min(unused), known)}")
@@ -66,11 +79,11 @@ def from_model(
         rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
     )
     if check:
-        _prove(model, decoder, fused, tolerance or (1e-1 if head.element_size() < 4 else 1e-4))
+        _prove(model, decoder, fused, attached, tolerance or (1e-1 if head.element_size() < 4 else 1e-4))
     return fused
 
 
-def _decoder(model: nn.Module) -> Any:
+def _decoder(model: Any) -> Any:
     for module in model.modules():
         if all(hasattr(module, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
             return module
@@ -79,11 +92,11 @@ def _decoder(model: nn.Module) -> Any:
     )
 
 
-def _block(layer: nn.Module, adapter_of, path: str) -> tuple[Block, nn.Module]:  # type: ignore[no-untyped-def]
-    attention = next((m for m in layer.children() if all(hasattr(m, n) for n in ATTENTION)), None)
-    mlp = next((m for m in layer.children() if all(hasattr(m, n) for n in MLP)), None)
-    norms = [getattr(layer, n, None) for n in NORMS]
-    if attention is None or mlp is None or None in norms:
+def _block(layer: nn.Module, adapter_of: AdapterOf, path: str, masters: set[int]) -> tuple[Block, Any]:
+    attention: Any = next((m for m in layer.children() if all(hasattr(m, n) for n in ATTENTION)), None)
+    mlp: Any = next((m for m in layer.children() if all(hasattr(m, n) for n in MLP)), None)
+    norms: list[Any] = [getattr(layer, n, None) for n in NORMS]
+    if attention is None or mlp is None or norms[0] is None or norms[1] is None:
         raise Unsupported(f"{path}: expected {', '.join(ATTENTION + MLP + NORMS)}")
     linears = [getattr(attention, n) for n in ATTENTION] + [getattr(mlp, n) for n in MLP]
     for name, linear in zip(ATTENTION + MLP, linears, strict=True):
@@ -97,7 +110,7 @@ def _block(layer: nn.Module, adapter_of, path: str) -> tuple[Block, nn.Module]: 
         raise Unsupported(f"{path}: activation {type(mlp.act_fn).__name__}; expected SiLU")
     if getattr(attention, "sliding_window", None):
         raise Unsupported(f"{path}: sliding-window attention")
-    trainable = [name for name, p in layer.named_parameters() if p.requires_grad]
+    trainable = [name for name, p in layer.named_parameters() if p.requires_grad and id(p) not in masters]
     if trainable:
         raise Unsupported(f"{path}.{trainable[0]} requires a gradient; the fused blocks' base is frozen")
     q, k, v, o, gate, up, down = linears
@@ -108,20 +121,21 @@ def _block(layer: nn.Module, adapter_of, path: str) -> tuple[Block, nn.Module]: 
     return block, attention
 
 
-def _group(linears: list[nn.Linear], adapter_of) -> Group:  # type: ignore[no-untyped-def]
+def _group(linears: list[Any], adapter_of: AdapterOf) -> Group:
     found = [adapter_of(m) for m in linears]
+    weights = [m._parameters["weight"] for m in linears]  # the base's own, whatever the attribute shows
     packed = PackedGroup(
-        [m.weight.detach() for m in linears],
+        [w.detach() for w in weights],
         [None if m.bias is None else m.bias.detach() for m in linears],
         [0 if a is None else a.A.shape[0] for a in found],
         [1.0 if a is None else a.scale for a in found],
     )
-    for m, view in zip(linears, packed.weights, strict=True):
-        m.weight.data = view
+    for w, view in zip(weights, packed.weights, strict=True):
+        w.data = view
     return Group(packed, [None if a is None else (a.A, a.B) for a in found])
 
 
-def _eps(norm: nn.Module, path: str) -> float:
+def _eps(norm: Any, path: str) -> float:
     for name in ("variance_epsilon", "eps"):
         if isinstance(getattr(norm, name, None), float):
             return float(getattr(norm, name))
@@ -129,12 +143,12 @@ def _eps(norm: nn.Module, path: str) -> float:
 
 
 @torch.no_grad()
-def _prove(model: nn.Module, decoder: nn.Module, fused: FusedLlama, tolerance: float) -> None:
+def _prove(model: Any, decoder: Any, fused: FusedLlama, attached: bool, tolerance: float) -> None:
     device, V = fused.embedding.device, fused.embedding.shape[0]
     ids = torch.randint(0, V, (2, 19), generator=torch.Generator().manual_seed(0)).to(device)
-    kept = [slot.copy.clone() for slot in fused.slots]
-    for slot in fused.slots:
-        slot.copy.zero_()
+    if not attached:
+        for slot in fused.slots:
+            slot.copy.zero_()
     training = model.training
     model.eval()
     own, own_loss = (
@@ -144,11 +158,10 @@ def _prove(model: nn.Module, decoder: nn.Module, fused: FusedLlama, tolerance: f
     model.train(training)
     x = torch.nn.functional.embedding(ids, fused.embedding)
     ours, ours_loss = fused.hidden(x)[0].float(), fused.forward(x, ids)[0]
-    for slot, value in zip(fused.slots, kept, strict=True):
-        slot.copy.copy_(value)
+    fused.refresh()
     error = float(((ours - own).norm() / own.norm()).maximum((ours_loss - own_loss).abs() / own_loss.abs()))
     if not error <= tolerance:
         raise Unsupported(
-            f"the fused forward differs from the model's own by {error:.1e} (relative; at most {tolerance:.0e} expected): "
-            "not the same function"
+            f"the fused forward differs from the model's own by {error:.1e}, relatively (expected at most "
+            f"{tolerance:.0e}): not the same function"
         )

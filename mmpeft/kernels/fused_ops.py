@@ -1,4 +1,4 @@
-"""What the hand-written blocks call: each function runs the Triton kernel, or the same maths in plain torch, into given buffers."""
+"""What the written-out blocks call: each function runs the Triton kernel, or the same maths in plain torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_rmsnorm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, n: 
 def rmsnorm_backward(
     dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None
 ) -> None:
-    """Fills out [T, h] with x's gradient through the norm plus g; and n [T, h], where given, with the norm's output again."""
+    """Fills out [T, h] with x's gradient through the norm plus g, and n [T, h], where given, with the norm's output."""
     if use_triton(x):
         from mmpeft.kernels import elementwise
 
@@ -43,7 +43,7 @@ def rmsnorm_backward(
 def rope(
     q: Tensor, k: Tensor, v: Tensor | None, out: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False
 ) -> None:
-    """Rotates q [B, S, Hq, d] and k [B, S, Hk, d] into out [B * S, >= (Hq + 2 Hk) d], and copies v; cos, sin [S or B * S, d/2]."""
+    """Rotates q [B, S, Hq, d] and k [B, S, Hk, d] into out [B * S, >= (Hq + 2 Hk) d], copies v; cos, sin [S, d/2]."""
     if use_triton(q):
         from mmpeft.kernels import elementwise
 

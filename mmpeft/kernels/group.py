@@ -1,4 +1,4 @@
-"""Linears that share an input, inside a written-out block: products on `[x | S]` buffers and gradients into the flat fp32 buffer."""
+"""Linears that share an input, inside a written-out block: products on `[x | S]`, gradients into the flat buffer."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Group:
         pairs = [m for m in self.masters if m is not None]
         parts = [(a, b, s) for m, a, b, s in zip(self.masters, p.A_parts, p.B_parts, p.scales, strict=True) if m]
         for (A, _), (a, _, _) in zip(pairs, parts, strict=True):
-            yield A, Slot(tuple(A.shape), a)
+            yield A, Slot((A.shape[0], A.shape[1]), a)
             at += A.numel()
         self.B_starts = []
         for (_, B), (_, b, s) in zip(pairs, parts, strict=True):
             self.B_starts.append(at)
-            yield B, Slot(tuple(B.shape), b, s)
+            yield B, Slot((B.shape[0], B.shape[1]), b, s)
             at += B.numel()
 
     def forward(self, wide: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,13 @@ class Group:
         wide[:, n:].copy_(S)
         return linear(wide, self.packed.forward_weight, self.packed.bias), S
 
-    def backward(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool, need_dx: bool = True) -> Tensor | None:
+    def backward(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool) -> Tensor:
         """wide [T, out + R] with dy in its first columns (dS is filled in) -> dx [T, in]; writes dB."""
+        self.backward_B(wide, S, flat, accumulate)
+        return wide @ self.packed.backward_weight
+
+    def backward_B(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool) -> None:
+        """Fills dS into the last columns of `wide` and writes dB."""
         p, row, first = self.packed, 0, 0
         dy = wide[:, : p.out_features]
         torch.mm(dy, p.B, out=wide[:, p.out_features :])
@@ -61,7 +66,6 @@ class Group:
                 dB = flat[start : start + out * r].view(out, r)
                 product_into(dB, dy[:, row : row + out].mT, S[:, first : first + r], s, accumulate)
             row, first = row + out, first + r
-        return wide @ p.backward_weight if need_dx else None
 
     def backward_A(self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool) -> None:
         """Writes dA = dS^T x of all members, from `wide` as `backward` left it."""
@@ -87,7 +91,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bo
 
 @functools.cache
 def _addmm_widens(dtype: torch.dtype) -> bool:
-    """Whether this torch's addmm writes an fp32 result of half-precision factors in place (one launch instead of three)."""
+    """Whether this torch's addmm writes an fp32 result of half-precision factors: one launch instead of three."""
     a = torch.ones(16, 16, dtype=dtype, device="cuda")
     out = torch.ones(16, 16, device="cuda")
     try:

@@ -1,15 +1,18 @@
-"""A whole Llama-type training step with low-rank adapters, forward and backward written out, at the fused minimum of memory.
+"""A whole Llama-type training step with low-rank adapters, written out, at the fused minimum of memory.
 
-A block is ten forward launches and about twenty-five backward ones, and keeps, a token, 4h + 2(2a + 2kv) + 4f bytes and the
-rank-wide products: residual stream x and x_mid, rotated q, k, v and the attention's o, gate and up. Norm outputs and the SwiGLU
-output are rebuilt by the backward kernels that need them. Layout of the low-rank path: `lowrank.PackedGroup`.
+A block is ten forward launches and about twenty-five backward ones, and keeps, a token, 4h + 2(2a + 2kv) + 4f bytes
+and the rank-wide products: residual stream x and x_mid, rotated q, k, v and the attention's o, gate and up. Norm
+outputs and the SwiGLU output are rebuilt by the backward kernels that need them. Layout of the low-rank path:
+`lowrank.PackedGroup`.
 
     forward   add+norm -> [n | S] GEMM qkv -> RoPE -> attention -> o (+ S B^T) -> add+norm -> [n | S] GEMM gate|up
               -> SwiGLU -> [h | S] GEMM down
-    backward  the same upside down; every dX is one GEMM on [dY | dS]; A's and B's gradients go straight into the flat fp32 buffer
+    backward  the same upside down; every dX is one GEMM on [dY | dS]; A's and B's gradients go straight into the flat
+    fp32 buffer
 
 `FusedLlama` is built from parts, so it knows no library; `fuse.from_model` finds the parts in a transformers model.
-Limits: causal attention over whole rows (right padding is fine, packed documents are not), frozen norms, biases and head, no dropout.
+Limits: causal attention over whole rows (right padding is fine, packed documents are not), frozen norms, biases and
+head, no dropout.
 """
 
 from __future__ import annotations
@@ -110,10 +113,13 @@ class FusedLlama:
         Args:
             ids: int64 [B, S], or None with `inputs` [B, S, h] (embeddings, which may need a gradient).
             labels: int64 [B, S], -100 where unsupervised; shifted here.
-            rows: int64 indices into [B * S]: the positions the head runs on (those that predict a supervised token); None for all.
+            rows: int64 indices into [B * S] of the positions the head runs on (those before a supervised token).
         """
-        x = F.embedding(ids, self.embedding) if inputs is None else inputs
-        return _Loss.apply(self, x, labels, rows, *self.masters)
+        if (ids is None) == (inputs is None):
+            raise ConfigError("give either ids or inputs (embeddings)")
+        x = inputs if ids is None else F.embedding(ids, self.embedding)
+        loss: Tensor = _Loss.apply(self, x, labels, rows, *self.masters)
+        return loss
 
     @torch.no_grad()
     def forward(self, x: Tensor, labels: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tape]:
@@ -167,7 +173,7 @@ class FusedLlama:
 
     @torch.no_grad()
     def backward(self, tape: Tape, flat: Tensor, *, accumulate: bool = False, need_dx: bool = False) -> Tensor | None:
-        """Writes (or adds) the masters' gradients into flat [numel] fp32; returns the inputs' gradient [B, S, h] if asked.
+        """Writes (or adds) the masters' gradients into flat [numel], fp32; returns the inputs' [B, S, h] if asked.
 
         The tape is consumed block by block, so its memory falls as the backward goes.
         """
@@ -220,18 +226,19 @@ class FusedLlama:
         fused_ops.rope(dq, dk, dv, dqkv, *tables, inverse=True)
         del do, dq, dk, dv, q, k, v, o4, o, kept, qkv
 
-        dn = block.qkv.backward(dqkv, S_qkv, flat, acc, need_dx)
-        if dn is None:  # nothing trains below: only the norm's output is wanted, for dA
+        if need_dx:
+            dn, g = block.qkv.backward(dqkv, S_qkv, flat, acc), below.wide(T, h)
+            fused_ops.rmsnorm_backward(dn, x, rstd1, block.norm1, g_mid[:, :h], g[:, :h], n)
+        else:  # nothing trains below: only the norm's output is wanted, for dA
+            block.qkv.backward_B(dqkv, S_qkv, flat, acc)
             fused_ops.add_rmsnorm(x, None, block.norm1, self.eps, n)
             g = g_mid
-        else:
-            g = below.wide(T, h)
-            fused_ops.rmsnorm_backward(dn, x, rstd1, block.norm1, g_mid[:, :h], g[:, :h], n)
         block.qkv.backward_A(dqkv, n, flat, acc)
         return g
 
     def _mlp_backward(
-        self, block: Block, dact: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, g: Tensor, flat: Tensor, accumulate: bool
+        self, block: Block, dact: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, g: Tensor, flat: Tensor,
+        accumulate: bool
     ) -> None:  # fmt: skip
         """dgu <- [dgate | dup | dS], and the gradients of B_gate, B_up and A_down: in one sweep where that is faster.
 
@@ -242,22 +249,25 @@ class FusedLlama:
         if config is None:
             fused_ops.swiglu_backward(dact, gate_up, dgu[:, : 2 * f], dact)  # dact now holds the activation itself
             down.backward_A(g, dact, flat, accumulate)
-            gu.backward(dgu, S, flat, accumulate, need_dx=False)
+            gu.backward_B(dgu, S, flat, accumulate)
             return
         dA = flat[down.A_start : down.A_start + down.packed.ranks[0] * f]
         starts = iter(gu.B_starts)
         dB_gate, dB_up = (flat[next(starts) :] if r else dA for r in gu.packed.ranks)
         sweep.mlp_backward(
-            dact, gate_up, dgu, S, g[:, down.packed.out_features :], gu.packed.B, (*gu.packed.ranks, *down.packed.ranks),
+            dact, gate_up, dgu, S, g[:, down.packed.out_features :], gu.packed.B, self._ranks(block),
             (gu.packed.scales[0], gu.packed.scales[1]), dB_gate, dB_up, dA, config, accumulate=accumulate,
         )  # fmt: skip
+
+    def _ranks(self, block: Block) -> tuple[int, int, int]:
+        (gate, up), (down,) = block.gate_up.packed.ranks, block.down.packed.ranks
+        return gate, up, down
 
     def _sweep_config(self, block: Block, T: int) -> sweep.Config | None:
         gu, down = block.gate_up.packed, block.down.packed
         if not use_triton(gu.buffer):
             return None
-        ranks = (gu.ranks[0], gu.ranks[1], down.ranks[0])
-        return sweep.plan(T, down.in_features, gu.rank, ranks, gu.buffer.dtype, gu.buffer.device)
+        return sweep.plan(T, down.in_features, gu.rank, self._ranks(block), gu.buffer.dtype, gu.buffer.device)
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.view(*shape, self.heads + 2 * self.kv_heads, -1)
@@ -274,13 +284,13 @@ class FusedLlama:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model: FusedLlama, x: Tensor, labels: Tensor, rows: Tensor | None, *masters: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, model: FusedLlama, x: Tensor, labels: Tensor, rows: Tensor | None, *masters: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         loss, ctx.tape = model.forward(x, labels, rows)
         ctx.model, ctx.dtype = model, masters[0].dtype
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         model, tape = ctx.model, ctx.tape
         if tape.blocks:
             tape.gradient.mul_(grad)

@@ -1,12 +1,12 @@
 """The fused low-rank linear, y = x W^T + b + s (x A^T) B^T, a drop-in for three launches.
 
-A rank-16 update is 1 to 2 % of a linear's FLOPs but, as three launches, 25 to 250 % of its time: the wide tensors x, y and dy are
-read and written again for it. Here y = x W^T, then y += S (sB)^T by one GEMM with beta = 1: two extra launches, on any W as
-it lies in memory. `packed.lowrank_group` goes further for weights that may be laid out anew.
+A rank-16 update is 1 to 2 % of a linear's FLOPs but, as three launches, 25 to 250 % of its time: the wide tensors x,
+y and dy are read and written again for it. Here y = x W^T, then y += S (sB)^T by one GEMM with beta = 1: two extra
+launches, on any W as it lies in memory. `packed.lowrank_group` goes further for weights that may be laid out anew.
 
-W is frozen and never gets a gradient; A and B are masters of any dtype, cast to x's dtype (never the activations to theirs).
-Dropout masks are redrawn in the backward, not kept. The operator is a `torch.library` one, so torch.compile sees one node and CUDA
-graphs capture it.
+W is frozen and never gets a gradient; A and B are masters of any dtype, cast to x's dtype (never the activations to
+theirs). Dropout masks are redrawn in the backward, not kept. The operator is a `torch.library` one, so torch.compile
+sees one node and CUDA graphs capture it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def lowrank_linear(
     x, weight, bias = to_autocast(x, weight, bias)
     if not use_triton(x):
         return reference.lowrank_linear(x, weight, bias, A, B, scale, dropout_p=dropout_p, seed=seed)
-    return torch.ops.mmpeft.lowrank_linear(x, weight, bias, A, B, scale, dropout_p, seed_tensor(seed, x))[0]
+    y: Tensor = torch.ops.mmpeft.lowrank_linear(x, weight, bias, A, B, scale, dropout_p, seed_tensor(seed, x))[0]
+    return y
 
 
 def check(

@@ -1,12 +1,13 @@
 """Low-rank linears that share their input (q|k|v, gate|up), as one K-extended GEMM on a packed buffer.
 
-`PackedGroup` holds the weights of a group once, in a buffer whose spare columns and rows take the adapters' compute copies:
+`PackedGroup` holds the weights of a group once, in a buffer whose spare columns and rows take the adapters' compute
+copies:
 
     P = [[W, s blockdiag(B)],      forward   y  = [x  | S ] P[:out]^T     S  = x A^T
          [A,        0       ]]     backward  dx = [dy | dS] P[:, :in]     dS = dy sB,  dA = dS^T x,  dB = s dy^T S
 
-so the rank term is accumulated in fp32 with the rest and costs no pass of its own. The extended form copies its narrow operand into
-[. | S], the in-place form of `lowrank` re-reads its wide result; each pass takes the cheaper one.
+so the rank term is accumulated in fp32 with the rest and costs no pass of its own. The extended form copies its
+narrow operand into [. | S], the in-place form of `lowrank` re-reads its wide result; each pass takes the cheaper one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class PackedGroup:
     """Weights of linears that share their input, laid out with room for their adapters.
 
     Args:
-        weights: frozen [out_i, in], one dtype and device; copied once. `group.weights[i]` are views of the copy, to put back into
+        weights: frozen [out_i, in], one dtype and device; copied once. `group.weights[i]` are views of the copy, to
+        put back into
             the modules so that nothing is stored twice.
         biases: [out_i] or None, one a weight; or None for none at all.
         ranks: rank of each member's adapter, 0 for a member without one.
@@ -100,8 +102,8 @@ def lowrank_group(
 ) -> list[Tensor]:
     """The group's linears on one x: list of [..., out_i], views of one tensor.
 
-    `group.refresh(As, Bs)` must have run since the masters last changed; the masters are given here because they receive the
-    gradients. With dropout, member i draws its own mask, from seed + i.
+    `group.refresh(As, Bs)` must have run since the masters last changed; the masters are given here because they
+    receive the gradients. With dropout, member i draws its own mask, from seed + i.
     """
     check(x, group.weights, As, Bs, dropout_p, seed)
     if not use_triton(x):

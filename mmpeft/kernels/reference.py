@@ -1,8 +1,8 @@
 """Plain-torch references: what every kernel computes, run on CPU and used as the oracle of the tests.
 
 All are differentiable by autograd and work in any floating dtype. Dropout masks come from a counter hash, not from a
-generator: entry (row, col) of mask (seed) is a pure function of the three integers, so a backward pass redraws it instead of
-storing it, and every device draws the same mask.
+generator: entry (row, col) of mask (seed) is a pure function of the three integers, so a backward pass redraws it
+instead of storing it, and every device draws the same mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MASK32 = 0xFFFFFFFF
 
 
 def _mix32(h: Tensor) -> Tensor:
-    """A 32-bit finaliser (xor-shift, odd multiply) on int64 tensors holding 32-bit values; every output bit depends on every input bit."""
+    """A 32-bit finaliser (xor-shift, odd multiply) on int64 tensors of 32-bit values; each output bit sees all of them."""
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & MASK32
     h = h ^ (h >> 15)
@@ -67,7 +67,7 @@ def lowrank_linear(
 
 
 def add_rmsnorm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, rmsnorm(x + delta) * weight); x, delta [T, h], weight [h]. Statistics in fp32 or wider (arXiv 1910.07467)."""
+    """(x + delta, rmsnorm(x + delta) * weight) of [T, h]; statistics in fp32 or wider (arXiv 1910.07467)."""
     x = x if delta is None else x + delta
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

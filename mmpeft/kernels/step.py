@@ -31,7 +31,7 @@ class TrainStep:
         self._graph: Any = None
 
     def __call__(self, ids: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
-        """One update on ids, labels [B, S]; the mean loss before it. `rows`: supervised positions, as many as announced."""
+        """One update on ids, labels [B, S]; returns the mean loss before it. `rows`: as in `FusedLlama.loss`."""
         self.ids.copy_(ids, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
         if self.rows is not None and rows is not None:

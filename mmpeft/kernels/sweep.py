@@ -1,7 +1,8 @@
-"""The MLP in two sweeps: SwiGLU with the next shrink, and SwiGLU's gradient with every rank-wide product of a [T, f] tensor.
+"""The MLP in two sweeps: SwiGLU with the next shrink; SwiGLU's gradient with every rank-wide product of [T, f] tensors.
 
-Unfused, the gradient of gate and up is written, read for dS, read for dB, and the rebuilt activation is written and read for the
-down projection's dA: eleven passes over a [T, f] tensor. The sweep reads dh, gate, up once and writes dgate, dup once, five passes:
+Unfused, the gradient of gate and up is written, read for dS, read for dB, and the rebuilt activation is written and
+read for the down projection's dA: eleven passes over a [T, f] tensor. The sweep reads dh, gate, up once and writes
+dgate, dup once, five passes:
 
     dgate, dup           = SwiGLU backward                           written
     dS_gate, dS_up       = dgate (sB_gate), dup (sB_up)              partial over column blocks
@@ -10,9 +11,12 @@ down projection's dA: eleven passes over a [T, f] tensor. The sweep reads dh, ga
 
 The forward does the same for S_down = h A_down^T: h is written for the GEMM and not read again for the shrink.
 
-A program owns `BN` columns and one chunk of rows. Partial sums go to scratch buffers that two small kernels add up in a fixed order,
-so the result does not change from run to run (no atomics).
+A program owns `BN` columns and one chunk of rows. Partial sums go to scratch buffers that two small kernels add up in
+a fixed order, so the result does not change from run to run (no atomics).
 """
+
+# Triton kernels are typed by their launch, not by annotations.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -32,8 +36,8 @@ Config = tuple[int, int, int, int]  # columns, rows a step, warps, stages
 
 @jit
 def _pin(x, PIN: tl.constexpr):
-    """x, in the layout it was computed in. Without this the compiler moves the arithmetic into the layout of the matrix product's
-    operand, where every warp holds the whole tile, and spills.
+    """x, in the layout it was computed in. Without this the compiler moves the arithmetic into the layout of the matrix
+    product's operand, where every warp holds the whole tile, and spills.
     """
     if PIN:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
@@ -41,7 +45,8 @@ def _pin(x, PIN: tl.constexpr):
 
 
 @jit
-def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, ldd, ldg, ldo, lds, ldn, ldb, T, F, R, r_gate, r_up, r_down,
+def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
+           ldd, ldg, ldo, lds, ldn, ldb, T, F, R, r_gate, r_up, r_down,
            ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
     block, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BN)
@@ -163,13 +168,15 @@ def _put(at, value, mask, ADD: tl.constexpr):
 
 def mlp_backward(
     dh: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, dS_down: Tensor, B: Tensor, ranks: tuple[int, int, int],
-    scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, config: Config, *, accumulate: bool = False,
+    scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, config: Config,
+    *, accumulate: bool = False,
 ) -> None:  # fmt: skip
     """One sweep over the MLP's backward.
 
     Args:
         dh: [T, f], gradient of the activation. gate_up: [T, 2f]. S: [T, R], the gate|up shrink. dS_down: [T, R_down].
-        B: [2f, R] = s blockdiag(B_gate, B_up), as packed. ranks: of gate, up, down, at most MAX_RANK. scales: s of gate, up.
+        B: [2f, R] = s blockdiag(B_gate, B_up), as packed. ranks: of gate, up, down, at most MAX_RANK. scales: s of
+        gate, up.
         dgu: [T, 2f + R], filled with [dgate | dup | dS].
         dB_gate [f, r], dB_up [f, r], dA_down [r, f]: fp32, written, or added to with `accumulate`.
         config: one of `configs(ranks)`.
@@ -208,13 +215,13 @@ def mlp_backward(
 
 
 def configs(ranks: tuple[int, int, int]) -> list[Config]:
-    """Tile shapes worth timing for these ranks; none where the sweep does not fit (checked against ptxas: no or few spills)."""
+    """Tile shapes worth timing for these ranks (ptxas spills at most 8 bytes); none where the sweep does not fit."""
     wide = max(16, next_power_of_2(max(ranks)))
     return {16: [(256, 32, 16, 2), (128, 32, 8, 3), (256, 16, 8, 3)], 32: [(128, 32, 16, 2)]}.get(wide, [])
 
 
 def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
-    """Fills act [T, f + R] with [h | S], h = silu(gate) * up and S = h A^T; returns S [T, R] again, contiguous. A: [R, f]."""
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f]."""
     T, F, R = gate_up.shape[0], gate_up.shape[1] // 2, A.shape[0]
     BM, BN, RP = 32, 256, next_power_of_2(R)
     blocks = triton.cdiv(F, BN)
@@ -235,9 +242,10 @@ def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
 def plan(
     T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Config | None:
-    """The fastest tile shape for `mlp_backward` at this size on this device, or None where the unfused kernels are faster.
+    """The fastest tile shape for `mlp_backward` at this size and device, or None where the unfused kernels are faster.
 
-    Timed once a size, on random data; the log says what was found. Off the GPU (in the interpreter) the first shape is taken.
+    Timed once a size, on random data; the log says what was found. Off the GPU (in the interpreter) the first shape
+    is taken.
     """
     choices = configs(ranks)
     if not choices or device.type != "cuda":
@@ -278,7 +286,7 @@ def _milliseconds(run: Callable[[], None]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return min(times[2:])
+    return float(min(times[2:]))
 
 
 @functools.cache
@@ -287,12 +295,12 @@ def _rows_of_a_chunk(T: int, blocks: int, BM: int, processors: int) -> int:
 
     def filled(chunks: int) -> float:
         waves = blocks * chunks / processors
-        return waves / triton.cdiv(blocks * chunks, processors)
+        return waves / float(triton.cdiv(blocks * chunks, processors))
 
     most = max(1, min(T // (4 * BM), 16 * processors // blocks))
     good = [n for n in range(1, most + 1) if filled(n) >= 0.96]
     chunks = good[0] if good else max(range(1, most + 1), key=filled)
-    return triton.cdiv(triton.cdiv(T, chunks), BM) * BM
+    return int(triton.cdiv(triton.cdiv(T, chunks), BM)) * BM
 
 
 def _pins(t: Tensor) -> bool:

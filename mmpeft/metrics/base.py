@@ -18,11 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from mmpeft.errors import ConfigError, require
-
-require("torchmetrics", "train")
 from torchmetrics import Metric
+
+from mmpeft.errors import ConfigError
 
 KIND_BYTES = 64  # longest kind
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import BLEUScore
 
 from mmpeft.metrics.base import PerSampleMetric, check_lengths
 from mmpeft.metrics.ptb import tokenize
-
-from torchmetrics.functional.text import rouge_score  # isort: skip  (base says which extra is missing)
-from torchmetrics.text import BLEUScore  # isort: skip
 
 
 class CaptionBLEU(BLEUScore):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torchmetrics.text import WordErrorRate
+
 from mmpeft.errors import NameNotFound, nearest, require
 from mmpeft.metrics.base import check_lengths
-
-from torchmetrics.text import WordErrorRate  # isort: skip  (base says which extra is missing)
 
 
 def _plain(spelling: Mapping[str, str]) -> Callable[[str], str]:

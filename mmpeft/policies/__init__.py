@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mmpeft.data.demos.record import collect as collect
     from mmpeft.policies.envs import make_env as make_env
     from mmpeft.policies.experts import make_expert as make_expert
-    from mmpeft.policies.rollout import rollout as rollout
+    from mmpeft.policies.rollout_loop import rollout as rollout
     from mmpeft.policies.rollout_result import RolloutResult as RolloutResult
 
 #: public name -> module; a module is imported when one of its names is used
@@ -57,7 +57,7 @@ _LAZY = {
     "collect": "mmpeft.data.demos.record",
     "make_env": "mmpeft.policies.envs",
     "make_expert": "mmpeft.policies.experts",
-    "rollout": "mmpeft.policies.rollout",
+    "rollout": "mmpeft.policies.rollout_loop",
 }
 __all__ = list(_LAZY)
 

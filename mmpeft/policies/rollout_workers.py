@@ -63,6 +63,10 @@ class Workers:
         found: dict[str, Any] = self._guard(lambda: self.vector.call("describe"))[0]
         return found
 
+    def action_space(self) -> Any:
+        """The space of one action, not of a chunk."""
+        return self._guard(lambda: self.vector.get_attr("single"))[0]
+
     def reset(self, numbers: dict[int, int]) -> tuple[dict[str, Any], list[str | None]]:
         """Begin episode `numbers[slot]` in those slots; the batched observation, and the new instructions by slot.
 

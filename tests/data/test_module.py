@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from mmpeft.data import DataModule, check
 from mmpeft.data.loader import Loader
@@ -221,6 +221,27 @@ def test_conversations_too_long_or_unsupervised_are_bad_and_never_cut():
     assert report.reasons == {"no supervised token": 1, "too long": 8} and report.good() == []
     with pytest.raises(BadSample, match="9 samples, 9 bad"):
         report.refuse()
+
+
+def test_bucketing_asks_the_data_set_for_lengths_and_opens_nothing():
+    class Hinted(Toy):
+        asked = 0
+
+        def length_hint(self, i):
+            self.asked += 1
+            return i % 7
+
+        def __getitem__(self, i):
+            raise AssertionError("opened")
+
+    hinted = Hinted(20)
+    part = Subset(hinted, [3, 2, 19])
+    loader = Loader(ConcatDataset([part, hinted]), ToyProcessor(), batch_size=4, train=True, bucket=True)
+    assert loader.lengths == [3, 2, 5] + [i % 7 for i in range(20)] and hinted.asked == 23
+    labelled = [{"id": "a", "input": "four", "label": 0}, {"id": "b", "input": torch.zeros(3), "label": 1}]
+    assert Loader(labelled, ToyProcessor(), batch_size=2, train=True, bucket=True).lengths == [4, 0]
+    broken = Loader(Toy(3, {1: BadSample("x")}), ToyProcessor(), batch_size=2, train=True, bucket=True)
+    assert broken.lengths == [6, 0, 16]
 
 
 def test_ranks_share_the_data():

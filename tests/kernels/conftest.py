@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels of these tests run in Triton's interpreter: it must be asked for before they are imported."""
+"""Without a GPU the kernels run in Triton's interpreter, which must be asked for before they are imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Each memory-bound kernel equals its plain-torch reference, at odd sizes and into padded buffers whose padding it leaves alone."""
+"""Each memory-bound kernel equals its plain-torch reference at odd sizes, and leaves the padding of its buffers alone."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_swiglu_backward(backend, device, T, F):
     "T,F,ranks", [(70, 37, (3, 5, 2)), (5, 300, (16, 16, 16)), (130, 260, (0, 17, 20)), (3, 8, (1, 32, 0))]
 )
 def test_mlp_backward_in_one_sweep(device, T, F, ranks):
-    """Equals SwiGLU's backward followed by its four products, adds to what is there, and does not change from run to run."""
+    """Equals SwiGLU's backward and its four products, adds to what is there, and does not change from run to run."""
     pytest.importorskip("triton")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no bf16 product
     from mmpeft.kernels import sweep
@@ -92,7 +92,10 @@ def test_mlp_backward_in_one_sweep(device, T, F, ranks):
     torch.manual_seed(0)
     r_gate, r_up, r_down = ranks
     R, R_down = (max(16, -(-n // 16) * 16) for n in (r_gate + r_up, r_down))
-    make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
+
+    def make(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
     gate_up, dh, S, g = make(T, 2 * F), make(T, F), make(T, R), make(T, 9 + R_down)
     packed = torch.zeros(2 * F, R + 7, device=device, dtype=dtype)
     B = packed[:, 7:]

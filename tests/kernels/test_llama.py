@@ -69,12 +69,44 @@ def test_loss_and_every_gradient(backend, device, kind):
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9999
 
 
+def test_a_model_with_mmpeft_adapters_attached(device):
+    """The engine's own LoRA: its masters are the fused step's, in place, so the attached model follows the training."""
+    import mmpeft
+
+    model, _ = llama(device)
+    mmpeft.attach(model, {"model.layers.*.{self_attn,mlp}.*_proj": mmpeft.LoRA(rank=4, alpha=8)}, name="task")
+    pairs = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.2)
+            path, _, kind = name.rpartition(".")
+            pairs.setdefault(
+                next(
+                    n for n, m in model.named_modules() if n and path.startswith(f"{n}.") and isinstance(m, nn.Linear)
+                ),
+                {},
+            )[kind] = p
+    assert len(pairs) == 14
+    found = {path: fuse.LowRank(ab["A"], ab["B"], 2.0) for path, ab in pairs.items()}
+    fused = fuse.from_model(model, found, attached=True, tolerance=1e-5)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    masters = [t for a in found.values() for t in (a.A, a.B)]
+    own = model(input_ids=ids, labels=ids).loss
+    for a, b in zip(torch.autograd.grad(fused.loss(ids, ids), masters), torch.autograd.grad(own, masters), strict=True):
+        assert (a - b).norm() <= 5e-4 * b.norm() + 1e-7
+    step = TrainStep(fused, fused.optimizer(lr=1e-2), batch=2, length=9)
+    for _ in range(3):
+        step(ids, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, step(ids, ids), rtol=1e-5, atol=0)
+
+
 def test_head_on_supervised_rows_only(backend, device):
     model, found = llama(device)
     fused = fuse.from_model(model, found)
     ids = torch.randint(0, 101, (2, 9), device=device)
     labels = torch.where(torch.arange(9, device=device) >= 6, ids, -100)
-    rows = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1], device=device)
+    rows = nn.functional.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
     masters = [t for a in found.values() for t in (a.A, a.B)]
     everywhere = fused.loss(ids, labels)
     there = fused.loss(ids, labels, rows=rows)
@@ -159,7 +191,10 @@ def test_200_steps_on_learnable_data_and_a_broken_backward(device, monkeypatch):
         theirs.append(loss.detach())
     theirs = torch.stack(theirs).cpu()
     assert theirs[-20:].mean() < 0.6 * theirs[:5].mean()  # it learns, so a wrong gradient shows
-    apart = lambda ours: float(((ours - theirs).abs() / theirs).mean())
+
+    def apart(ours):
+        return float(((ours - theirs).abs() / theirs).mean())
+
     whole = apart(curve_of_ours(device, steps))
     monkeypatch.setattr(fused_ops, "rmsnorm_backward", without_residual(fused_ops.rmsnorm_backward))
     broken = apart(curve_of_ours(device, steps))

@@ -1,4 +1,4 @@
-"""lowrank_linear and lowrank_group equal the three-launch form, in value and gradient, for every shape a site can have."""
+"""lowrank_linear and lowrank_group equal the three-launch form, in value and gradient, at every shape of a site."""
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ from mmpeft.kernels import PackedGroup, dispatch, dropout_mask, lowrank_group, l
 
 def site(rank, n_in=24, n_out=10, *, bias=True, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device)
+
     A, B = make(rank, n_in).requires_grad_(), make(n_out, rank).requires_grad_()
     return make(n_out, n_in), make(n_out) if bias else None, A, B
 
@@ -60,7 +63,10 @@ def test_checkpoint_reentry(backend, device):
     W, b, A, B = site(4, device=device)
     x = torch.randn(5, 24, dtype=torch.float64, device=device, requires_grad=True)
     seed = torch.tensor(3, device=device)
-    run = lambda x: lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.3, seed=seed)
+
+    def run(x):
+        return lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.3, seed=seed)
+
     for got, want in zip(
         gradients(checkpoint(run, x, use_reentrant=False), x, A, B), gradients(run(x), x, A, B), strict=True
     ):
@@ -72,7 +78,10 @@ def test_dropout_mask_is_redrawn_in_the_backward(device):
     W, b, A, B = site(3, n_in=6, n_out=4, device=device)
     x = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
     seed = torch.tensor(11, device=device)
-    op = lambda x, A, B: torch.ops.mmpeft.lowrank_linear(x, W, b, A, B, 0.7, 0.4, seed)[0]
+
+    def op(x, A, B):
+        return torch.ops.mmpeft.lowrank_linear(x, W, b, A, B, 0.7, 0.4, seed)[0]
+
     with dispatch.backend("reference"):  # float64 masks; the Triton mask is compared with it below
         assert torch.autograd.gradcheck(op, (x, A, B))
         torch.testing.assert_close(op(x, A, B), reference.lowrank_linear(x, W, b, A, B, 0.7, dropout_p=0.4, seed=seed))
@@ -150,11 +159,17 @@ def test_bf16_error_is_that_of_plain_bf16(device):
     W, b, A, B = site(16, n_in=128, n_out=96, device=device)
     x = torch.randn(64, 128, dtype=torch.float64, device=device)
     exact = reference.lowrank_linear(x, W, b, A, B, 0.7)
-    half = lambda t: t.to(torch.bfloat16)
+
+    def half(t):
+        return t.to(torch.bfloat16)
+
     plain = half(x) @ half(W).mT + half(b) + 0.7 * ((half(x) @ half(A).mT) @ half(B).mT)
     with dispatch.backend("triton"):
         ours = lowrank_linear(half(x), half(W), half(b), A.float(), B.float(), 0.7)
-    error = lambda y: float(((y - exact).norm() / exact.norm()).detach())
+
+    def error(y):
+        return float(((y - exact).norm() / exact.norm()).detach())
+
     assert ours.dtype == torch.bfloat16 and error(ours) <= 1.2 * error(plain) < 1e-2
 
 

@@ -1,10 +1,11 @@
-"""One rank of test_registry's two: `python rank_script.py RANK STORE CORPUS RESULT`. A program of its own, not a fork.
+"""One rank of test_registry's two: `python rank_script.py RANK STORE CORPUS RESULT`. Not a fork: gloo may hang in one.
 
 CORPUS is JSON: metric name -> [predictions, references, kinds]; this rank takes its part and writes the joint scores.
 """
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from mmpeft.metrics import load_metric
 
 
 def main(rank: int, store: str, corpus: str, result: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    wait = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     scores = {}
     for name, lists in json.loads(Path(corpus).read_text()).items():
         metric = load_metric(name)

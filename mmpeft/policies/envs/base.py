@@ -27,14 +27,22 @@ class RobotEnv(gym.Env[Observation, Any]):
         name: "metaworld:push-v3". max_steps: an episode is truncated after so many actions.
         control_hz: actions a second of simulated time, for the speed of videos.
         action_noise_mask: [action_dim] bool, the action dimensions an expert's noise may touch.
+        episode_seed, text: seed and instruction of the present episode.
     """
 
     name: str = ""
+    views: tuple[Any, ...] = ()
     max_steps: int = 500
     control_hz: float = 10.0
     action_noise_mask: Array
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
     render_mode = "rgb_array"
+    episode_seed: int = 0
+    text: str = ""
+
+    def begin(self, seed: int | None) -> None:
+        """`reset` without an observation, so that nothing is drawn; None goes on in the sequence that the last seed began."""
+        raise Unsupported(f"{type(self).__name__} has no begin()")
 
     def advance(self, action: Any) -> tuple[float, bool, bool, dict[str, Any]]:
         """Move the simulator by one action: reward, terminated, truncated, info (with `success`, a bool)."""
@@ -44,8 +52,12 @@ class RobotEnv(gym.Env[Observation, Any]):
         """The observation of the present moment; pictures are drawn here and nowhere else."""
         raise Unsupported(f"{type(self).__name__} has no observe()")
 
-    def frame(self) -> Array:
-        """One picture for a video, uint8 [H, W, 3]."""
+    def pictures(self) -> Array:
+        """The views as they are now, without sensor noise, uint8 [N, H, W, 3]."""
+        raise Unsupported(f"{self.name} draws no pictures")
+
+    def frame(self, size: int = 256) -> Array:
+        """One picture for a video, uint8 [size, size, 3]."""
         raise Unsupported(f"{self.name} draws no pictures")
 
     def snapshot(self) -> Array | None:
@@ -55,6 +67,16 @@ class RobotEnv(gym.Env[Observation, Any]):
     def restore(self, state: Array) -> None:
         """Put the simulator into a state of `snapshot` within the same episode (the same seed)."""
         raise Unsupported(f"{self.name} cannot be put into a stored state; its actions are replayed instead")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Start the episode that `seed` names; without one, the next of the sequence that the last seed began."""
+        self.begin(seed)
+        return self.observe(), {"seed": self.episode_seed, "instruction": self.text}
+
+    def take_seed(self, seed: int | None) -> None:
+        """Set `episode_seed`: the given one, or the next that the generator of the last given one draws."""
+        gym.Env.reset(self, seed=seed)
+        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         reward, terminated, truncated, info = self.advance(action)

@@ -73,8 +73,6 @@ class MetaworldEnv(RobotEnv):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
         self.action_noise_mask = np.array([True, True, True, False])  # a noisy gripper drops what it holds
         self.observation_space = gym.spaces.Dict(self._spaces())
-        self.episode_seed = 0
-        self.text = ""
         self.full = np.zeros(39)
         self._steps = 0
 
@@ -90,15 +88,8 @@ class MetaworldEnv(RobotEnv):
             spaces["full_state"] = gym.spaces.Box(-np.inf, np.inf, (39,), np.float64)
         return spaces
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Start the episode that `seed` names; without one, the next of the sequence that the last seed began."""
-        self.begin(seed)
-        return self.observe(), {"seed": self.episode_seed, "instruction": self.text}
-
     def begin(self, seed: int | None) -> None:
-        """`reset` without an observation, so that nothing is drawn."""
-        super().reset(seed=seed)
-        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
+        self.take_seed(seed)
         self.sim.seed(self.episode_seed)
         self.full, _ = self.sim.reset()
         self._steps = 0
@@ -115,10 +106,13 @@ class MetaworldEnv(RobotEnv):
     def observe(self) -> Observation:
         observation: Observation = {"state": self.full[:STATE].astype(np.float32), "instruction": self.text}
         if self.views:
-            observation["images"] = np.stack([self.renderer.draw(self.sim.data, v, self.image_size) for v in self.views])
+            observation["images"] = self.pictures()
         if self.full_state:
             observation["full_state"] = self.full.copy()
         return self.sensor_noise(observation)
+
+    def pictures(self) -> NDArray[np.uint8]:
+        return np.stack([self.renderer.draw(self.sim.data, v, self.image_size) for v in self.views])
 
     def frame(self, size: int = 256) -> NDArray[np.uint8]:
         """A picture of the first view (corner2 if there is none), [size, size, 3]."""

@@ -17,7 +17,8 @@ Choices that hold for every head:
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,32 +30,34 @@ class Head(nn.Module):
     """Base class of the action heads; subclasses write `_build`, `_loss` and `predict`.
 
     Attributes:
-        in_dim, action_dim, chunk: D, A and the steps of a chunk; 0 until `build`.
+        in_dim, action_dim, chunk: D, A (of a discrete head the number of actions) and the steps of a chunk; 0 until `build`.
+        readouts: N, the feature tokens it reads: 1 or chunk.
         discrete: whether actions are class indices [B, chunk] instead of vectors.
-        readouts: how many feature tokens a trunk should give: "chunk" or 1 (any number works where a head says so).
     """
 
     discrete: bool = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_dim = self.action_dim = self.chunk = 0
+        self.in_dim = self.action_dim = self.chunk = self.readouts = 0
 
-    def build(self, *, in_dim: int, action_dim: int, chunk: int) -> Self:
+    def build(self, *, in_dim: int, action_dim: int, chunk: int, readouts: int = 1) -> Self:
         """Create the parameters; calling it again with the same sizes does nothing.
 
         Raises:
-            ConfigError: a size that is not a positive integer, or other sizes than before.
+            ConfigError: a size that is not a positive integer, other sizes than before, readouts neither 1 nor chunk.
         """
-        sizes = {"in_dim": in_dim, "action_dim": action_dim, "chunk": chunk}
+        sizes = {"in_dim": in_dim, "action_dim": action_dim, "chunk": chunk, "readouts": readouts}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer, given {value!r}")
             known = getattr(self, name)
             if known and known != value:
                 raise ConfigError(f"{type(self).__name__} was built with {name}={known}, not {value}")
+        if readouts not in (1, chunk):
+            raise ConfigError(f"{type(self).__name__}: readouts is 1 or chunk={chunk}, given {readouts}")
         if not self.in_dim:
-            self.in_dim, self.action_dim, self.chunk = in_dim, action_dim, chunk
+            self.in_dim, self.action_dim, self.chunk, self.readouts = in_dim, action_dim, chunk, readouts
             self._build()
         return self
 
@@ -87,14 +90,28 @@ class Head(nn.Module):
         """Actions [B, chunk, A] (discrete: [B, chunk]); heads that draw take their numbers from `generator`."""
         raise NotImplementedError
 
+    def fit(self, chunks: Tensor) -> None:
+        """Learn what is not learned by gradients (a vocabulary, a codebook) from normalised chunks [N, chunk, A]."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `fit` learned, as JSON data: it is kept in the adapter's metadata."""
+        return {}
+
+    def set_facts(self, facts: Mapping[str, Any]) -> None:
+        """Take up what `facts` gave; raises FileFormatError if something is missing."""
+
+    def to_chunk(self, out: int, *, depth: int = 0) -> ToChunk:
+        """A `ToChunk` for this head's features."""
+        return ToChunk(self.in_dim, out, chunk=self.chunk, readouts=self.readouts, depth=depth)
+
     def _features(self, features: Tensor) -> Tensor:
         if not self.in_dim:
             raise ConfigError(f"{type(self).__name__} has no parameters yet: call build(in_dim=, action_dim=, chunk=)")
         if features.ndim == 2:
             features = features.unsqueeze(1)
-        if features.ndim != 3 or features.shape[-1] != self.in_dim:
+        if features.ndim != 3 or tuple(features.shape[1:]) != (self.readouts, self.in_dim):
             raise ConfigError(
-                f"{type(self).__name__} expects features [B, N, {self.in_dim}], given {list(features.shape)}"
+                f"{type(self).__name__} expects features [B, {self.readouts}, {self.in_dim}], given {list(features.shape)}"
             )
         return features
 
@@ -113,33 +130,24 @@ class Head(nn.Module):
 
 
 class ToChunk(nn.Module):
-    """Features [B, N, D] to one vector a step [B, chunk, out]: by one Linear over all steps (N = 1), or token by token.
+    """Features [B, N, D] to one vector a step [B, chunk, out]: all steps from one token (N = 1), or token by token.
 
     Args:
         depth: residual blocks (LayerNorm, Linear, ReLU) before the output, as in OpenVLA-OFT's head; 0 is linear.
     """
 
-    def __init__(self, in_dim: int, chunk: int, out: int, *, depth: int = 0) -> None:
+    def __init__(self, in_dim: int, out: int, *, chunk: int, readouts: int, depth: int = 0) -> None:
         super().__init__()
         self.chunk, self.out = chunk, out
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, in_dim), nn.ReLU()) for _ in range(depth)
         )
-        # One Linear serves both layouts: its rows are (step, out) for a vector, and only `out` for a token a step.
-        self.linear: nn.Linear | None = None
-        self.in_dim = in_dim
-        self.whole = nn.Linear(in_dim, chunk * out)
+        self.linear = nn.Linear(in_dim, out if readouts == chunk else chunk * out)
 
     def forward(self, features: Tensor) -> Tensor:
         for block in self.blocks:
             features = features + block(features)
-        if features.shape[1] == 1:
-            return self.whole(features).view(features.shape[0], self.chunk, self.out)
-        if features.shape[1] != self.chunk:
-            raise ConfigError(f"a head of {self.chunk} steps takes 1 or {self.chunk} feature tokens, given {features.shape[1]}")
-        weight = self.whole.weight.view(self.chunk, self.out, -1)
-        bias = self.whole.bias.view(self.chunk, self.out)
-        return torch.einsum("bcd,cod->bco", features, weight) + bias
+        return self.linear(features).view(features.shape[0], self.chunk, self.out)
 
 
 def valid_mean(per_number: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cases import Attention, DirectRead, Experts, Host, _hf_conv1d, deltas
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters import activation, blocks, circulant, fact, hadamard, kronecker, lora_kin, orthogonal, sparse, subspace
+from mmpeft.adapters import activation, blocks, circulant, diff_pruning, fact, hadamard, kronecker, lora_kin, orthogonal, sparse, subspace
 from mmpeft.adapters.method import Method
 
 OUT, INTO = 24, 16  # of the linear site: both sides divide by 4 and 8, neither is a power of the other
@@ -351,10 +351,28 @@ ROWS: dict[str, Row] = {
         size=1.0,
     ),
     "spiel": Row(
-        sparse.SpIEL(density=0.1),
+        mmpeft.SpIEL(density=0.1),
         lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
         lambda o, i: round(0.1 * o * i),
         size=1.0,
+    ),
+    "sparse-rows": Row(
+        sparse.SparseRows(count=3),
+        lambda W, p: torch.stack([w + p["value"][p["index"].tolist().index(r)] if r in p["index"] else w for r, w in enumerate(W)]),
+        lambda o, i: 3 * i,
+        stacks=False,
+    ),
+    "sparse-columns": Row(
+        sparse.SparseRows(count=2, axis="columns", criterion="magnitude"),
+        lambda W, p: W + p["value"] @ torch.eye(W.shape[1], dtype=W.dtype)[p["index"]],
+        lambda o, i: 2 * o,
+        stacks=False,
+    ),
+    "diff-pruning": Row(
+        diff_pruning.DiffPruning(structured=True, alpha=0.5),
+        lambda W, p: W
+        + (3 * p["alpha"].sigmoid() - 1.5).clamp(0, 1) * (3 * p["alpha_group"].sigmoid() - 1.5).clamp(0, 1) * p["w"],
+        lambda o, i: 2 * o * i + 1,
     ),
     "propulsion": Row(
         activation.Propulsion(degree=3, vectors=2),

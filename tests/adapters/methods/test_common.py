@@ -219,7 +219,7 @@ SMALL = {
     "boft-noscale": mmpeft.BOFT(block_size=2, m=1, scale=False),
     "miss": mmpeft.MiSS(rank=4),
 }
-WHOLE = ("did", "said", "sparse", "shira", "pafi", "spiel")  # these take the stack as one list of numbers
+WHOLE = ("did", "said", "sparse", "shira", "pafi", "spiel", "diff-pruning")  # these take the stack as one list of numbers
 SHARED = {"kadaptation": ("A",), "kadaptation-full": ("A",), "delta-lora": ("on",)}
 
 

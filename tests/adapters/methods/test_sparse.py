@@ -9,7 +9,7 @@ from cases import close, deltas
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import criteria, sparse, sparsify
+from mmpeft.adapters import criteria, sparsify
 from mmpeft.adapters.plan import Plan, resolve
 from mmpeft.errors import ConfigError, NameNotFound
 
@@ -170,13 +170,13 @@ def test_spiel_moves_to_the_largest_gradients_and_keeps_its_size():
     least = values.abs().argsort()[:4]
     expected = dense.abs().flatten().index_fill(0, before, -1).topk(4).indices
     batch = [lambda: F.cross_entropy(model(x), y)]
-    assert sparse.spiel_step(model, batch, 0.4, name="a", optimizer=optimizer) == 4
+    assert mmpeft.spiel_step(model, batch, 0.4, name="a", optimizer=optimizer) == 4
     assert set(d.index[least].tolist()) == set(expected.tolist()) and not d.value[least].any()
     kept = [i for i in range(10) if i not in least.tolist()]
     assert torch.equal(d.index[kept], before[kept]) and torch.equal(d.value[kept], values[kept])
     assert all(not t[least].any() for t in optimizer.state[d.value].values() if t.ndim)
     with pytest.raises(ConfigError, match="share 1.5"):
-        sparse.spiel_step(model, batch, 1.5, name="a")
+        mmpeft.spiel_step(model, batch, 1.5, name="a")
 
 
 def test_rose_pruner_keeps_the_top_share_of_every_row_of_a_and_column_of_b():
@@ -216,6 +216,73 @@ def test_gradient_masks():
     for make in (lambda: sparsify.ChildMask([p], p=0), lambda: sparsify.TopGradient([p], density=2)):
         with pytest.raises(ConfigError, match="expected 0 <"):
             make()
+
+
+def test_rows_are_chosen_by_change_and_by_turning():
+    model, (x, y) = net(), data()
+    trained = {n: t.clone() for n, t in model.state_dict().items()}
+    trained["0.weight"][2] *= 5  # much longer, not turned
+    trained["0.weight"][[1, 7]] = -trained["0.weight"][[1, 7]]  # turned
+    trained["0.weight"][4] += 0.001
+    for method, rows in ((mmpeft.FAR(density=0.09), [2]), (mmpeft.NEFT(density=0.17), [1, 7])):
+        model = net()
+        mmpeft.attach_selected(model, {"{0,2}": method}, trained=trained, name="a", example=x)
+        (d,) = deltas(model)  # the other site got none
+        assert d.index.tolist() == rows and d.value.shape == (len(rows), 6)
+        F.cross_entropy(model(x), y).backward()
+        assert d.value.grad.any(1).all()
+
+
+def test_u_bitfit_trains_the_most_sensitive_bias_entries():
+    model, (x, y) = net(), data()
+    made = losses(model, x, y)
+    names = ("0.bias", "2.bias")
+    grads = [torch.autograd.grad(loss(), [model[0].bias, model[2].bias]) for loss in made]
+    scores = {n: torch.stack([(b * g[i]).abs() for g in grads]).sum(0) for i, (n, b) in enumerate(zip(names, (model[0].bias, model[2].bias), strict=True))}
+    mmpeft.attach_selected(model, {"{0,2}": mmpeft.UBitFit(density=0.5)}, made, name="a", example=x)
+    assert {d.site.name: d.index.tolist() for d in deltas(model)} == {n: i.tolist() for n, i in criteria.top(scores, 6).items()}
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_diff_pruning_draws_penalises_and_hardens_to_a_sparse_adapter(structured):
+    model, (x, y) = net(), data(16)
+    mmpeft.attach(model, {"{0,2}": mmpeft.DiffPruning(structured=structured)}, name="a", example=x)
+    gates = mmpeft.DiffGates(model, "a")
+    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.05))
+    model.train()
+    first, outputs = gates.penalty().item(), []
+    for _ in range(40):
+        gates.draw()
+        outputs.append(model(x).detach())
+        assert torch.equal(outputs[-1], model(x).detach()), "one draw a step, however often the weight is read"
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + 0.002 * gates.penalty()).backward()
+        optimizer.step()
+    (a, b) = deltas(model)
+    gates.draw()
+    one = model(x).detach()
+    gates.draw()
+    assert not torch.equal(model(x).detach(), one)
+    assert gates.penalty().item() < first
+    model.eval()
+    full = {d.site.name: (d.method.update(d).detach()) for d in (a, b)}
+    everything = torch.cat([t.flatten() for t in full.values()]).abs().sort(descending=True).values
+    before = F.cross_entropy(model(x), y).item()
+    gates.harden(density=20 / 81)
+    held = {d.site.name: d for d in deltas(model)}
+    assert all(isinstance(d.method, mmpeft.Sparse) for d in held.values()) and mmpeft.active(model) == ("a",)
+    values = torch.cat([d.value for d in held.values()]).abs()
+    assert close(values.sort(descending=True).values, everything[:20], 1e-6)
+    for name, d in held.items():
+        assert torch.equal(d.value.detach(), full[name].flatten()[d.index])
+    assert F.cross_entropy(model(x), y).item() < F.cross_entropy(net()(x), y).item()
+    assert before < F.cross_entropy(net()(x), y).item()
+
+
+def test_diff_gates_need_a_diff_pruning_adapter():
+    model = net_with_lora()
+    with pytest.raises(ConfigError, match="0 DiffPruning sites of 1"):
+        mmpeft.DiffGates(model)
 
 
 def test_bad_input():
