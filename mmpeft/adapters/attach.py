@@ -183,7 +183,7 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
         from mmpeft.adapters.switch import unmerge
 
         unmerge(model)
-    for _, owner, slot in list(slots(model)):
+    for _, _, slot in list(slots(model)):
         for n in gone & set(slot._modules):
             del slot._modules[n]
         slot.cache = {}
@@ -214,8 +214,8 @@ def _bake(model: nn.Module, state: State) -> None:
                 if stored is None:
                     raise Unsupported(f"bake=True: {type(owner).__name__}.{tensor} is recomputed by its module; it cannot hold a merged value")
                 new.append((stored, getattr(owner, tensor)))
-        for stored, value in new:
-            stored.copy_(value)
+        for target, value in new:
+            target.copy_(value)
 
 
 class bare:

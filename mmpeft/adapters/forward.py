@@ -63,7 +63,8 @@ def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
     bias = cast("Tensor | None", getattr(owner, "bias", None))
     found = slot.parts("weight", base)
     if found is None or (not op.scales and any(not p.factors.additive for p in found[1])):
-        _refuse_dropout(slot, active)
+        if not state.indexed:
+            _refuse_dropout(slot, active)
         return op.base(owner, x, cast(Tensor, owner.weight), bias)
     start, parts = found
     if state.probing and parts:

@@ -97,7 +97,7 @@ def _run(model: nn.Module, places: list[Place], mode: str, call: Call) -> Run:
     state, run = state_of(model), Run()
     for _, _, slot in slots(model):
         slot.reads, slot.runs, slot.inputs = {}, {}, []
-    params = [place.delta._parameters[n] for place in places for n in place.delta.trained]
+    params = [p for place in places for n in place.delta.trained if (p := place.delta._parameters[n]) is not None]
     gradients: dict[int, Tensor | None] | None = None
     model.train(mode == TRAIN)
     state.probing, state.watching = True, mode == NO_GRAD

@@ -184,8 +184,8 @@ class Delta(nn.Module):
         self.facts = dict(tensors.facts)
         for name, tensor in {**tensors.trained, **tensors.frozen, **tensors.derived}.items():
             # A Parameter is shared with another site (VeRA's projections, IA3's gain) and keeps its own flag.
-            shared = isinstance(tensor, nn.Parameter)
-            self.register_parameter(name, tensor if shared else nn.Parameter(tensor, name in tensors.trained))
+            own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, name in tensors.trained)
+            self.register_parameter(name, own)
 
     if TYPE_CHECKING:  # tensors are read as attributes, `p.A`
 
@@ -204,7 +204,7 @@ class Delta(nn.Module):
                     return t.to(probe.device)
             return fn(t)
 
-        super()._apply(keep_wide, recurse)
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

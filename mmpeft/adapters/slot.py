@@ -257,7 +257,7 @@ class Slot(nn.Module):
         return self.__dict__ | {"cache": {}, "stacks": {}, "reads": {}, "runs": {}, "inputs": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.pinned = {name: fn(t) for name, t in self.pinned.items()}
         self.cache, self.stacks, self.state.indexed = {}, {}, ""  # `use` stacks again on the new device
         return self

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from mmpeft.data.samples import Sample
+from mmpeft.errors import ConfigError
 from mmpeft.multimodal.sample import IGNORE
 from mmpeft.multimodal.sample import Sample as Encoded
 
@@ -52,10 +53,16 @@ class ConversationProcessor:
     A training batch is `{"inputs": model batch, "ids": [str]}`. An evaluation batch also has `"samples"`, the samples
     as the dataset gave them (images undecoded, `kind` and `answers`), and `"prompts"`, the conversations encoded up to
     where the last answer begins; its `"inputs"` hold the answers too, where there are any, for the loss.
+
+    Args:
+        row_length: pack the samples of a training batch into rows of this many tokens, each attending to itself alone;
+            None pads them.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, *, row_length: int | None = None) -> None:
+        if row_length is not None and row_length < 1:
+            raise ConfigError(f"row_length must be at least 1 or None, got {row_length}")
+        self.model, self.row_length = model, row_length
 
     def encode(self, sample: Sample, *, train: bool) -> tuple[Any, Any, Any]:
         """(encoded, prompt, sample): of a training sample only the first, and its id."""
@@ -69,9 +76,10 @@ class ConversationProcessor:
 
     def collate(self, items: list[tuple[Any, Any, Any]]) -> dict[str, Any]:
         encoded, prompts, samples = map(list, zip(*items, strict=True))
-        inputs = self.model.collate(encoded)
         if isinstance(samples[0], str):
-            return {"inputs": inputs, "ids": samples}
+            options = {} if self.row_length is None else {"row_length": self.row_length}
+            return {"inputs": self.model.collate(encoded, **options), "ids": samples}
+        inputs = self.model.collate(encoded)
         ids = [sample["id"] for sample in samples]
         return {"inputs": inputs, "ids": ids, "samples": samples, "prompts": Prompts(prompts)}
 

@@ -3,7 +3,7 @@
 A block is ten forward launches and about twenty-five backward ones, and keeps, a token, 4h + 2(2a + 2kv) + 4f bytes
 and the rank-wide products: residual stream x and x_mid, rotated q, k, v and the attention's o, gate and up. Norm
 outputs and the SwiGLU output are rebuilt by the backward kernels that need them. Layout of the low-rank path:
-`lowrank.PackedGroup`.
+`packed.PackedGroup`.
 
     forward   add+norm -> [n | S] GEMM qkv -> RoPE -> attention -> o (+ S B^T) -> add+norm -> [n | S] GEMM gate|up
               -> SwiGLU -> [h | S] GEMM down
@@ -135,7 +135,7 @@ class FusedLlama:
 
     @torch.no_grad()
     def hidden(self, x: Tensor, saved: list[tuple[Any, ...]] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` what the backward needs."""
+        """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` for the backward."""
         B, S, h = x.shape
         x, delta = x.reshape(B * S, h), None
         tables = self._cos_sin(S)

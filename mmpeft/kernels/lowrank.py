@@ -23,7 +23,7 @@ from mmpeft.kernels.dispatch import use_triton
 
 
 def mm_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result where the operands are half precision (products and sums are fp32 inside in any case)."""
+    """a @ b with an fp32 result where the operands are half precision (the sums are fp32 inside in any case)."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

@@ -15,7 +15,7 @@ MASK32 = 0xFFFFFFFF
 
 
 def _mix32(h: Tensor) -> Tensor:
-    """A 32-bit finaliser (xor-shift, odd multiply) on int64 tensors of 32-bit values; each output bit sees all of them."""
+    """A 32-bit finaliser (xor-shift, odd multiply) on int64 tensors of 32-bit values."""
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & MASK32
     h = h ^ (h >> 15)

@@ -62,8 +62,10 @@ def calibrate_connectors(model: MultimodalLM, caches: Mapping[str, FeatureCache]
 class CachedProcessor(ConversationProcessor):
     """Conversations whose media are replaced by their cached tokens."""
 
-    def __init__(self, model: MultimodalLM, caches: Mapping[str, FeatureCache]) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: MultimodalLM, caches: Mapping[str, FeatureCache], *, row_length: int | None = None
+    ) -> None:
+        super().__init__(model, row_length=row_length)
         self.caches = dict(caches)
 
     def encode(self, sample: Sample, *, train: bool) -> tuple[Any, Any, Any]:

@@ -32,6 +32,7 @@ class GenerationTask(AdapterTask):
         max_new_tokens: longest answer in validation and test.
         feature_cache: folder in which the frozen encoders' tokens are kept, so that each medium is encoded once; None
             encodes in every step. Refused where the plan adapts an encoder.
+        row_length: pack each training batch into rows of this many tokens (no attention between samples); None pads.
         calibrate: start the connectors from standardised features (`Connector.calibrate`); needs `feature_cache`.
 
     Attributes:
@@ -56,6 +57,7 @@ class GenerationTask(AdapterTask):
         metrics: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("exact_match",),
         max_new_tokens: int = 32,
         feature_cache: str | None = None,
+        row_length: int | None = None,
         calibrate: bool = False,
         start_from: str | None = None,
     ) -> None:
@@ -71,7 +73,7 @@ class GenerationTask(AdapterTask):
         self.metrics = [load_metric(name, **dict(given or {})) for name, given in options.items()]
         self.max_new_tokens = max_new_tokens
         self.feature_cache, self.calibrate = feature_cache, calibrate
-        self.processor: ConversationProcessor = ConversationProcessor(model)
+        self.processor: ConversationProcessor = ConversationProcessor(model, row_length=row_length)
         self.answers: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
@@ -88,7 +90,7 @@ class GenerationTask(AdapterTask):
             self.trainer.strategy.barrier("features")
         if self.calibrate and stage == "fit" and self.start_from is None:
             calibrate_connectors(self.model, caches)
-        self.processor = CachedProcessor(self.model, caches)
+        self.processor = CachedProcessor(self.model, caches, row_length=self.processor.row_length)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from torch.utils.data import Subset
 
 from mmpeft.data import ConversationProcessor, DigitsVQA, JsonLines, Loader
 from mmpeft.data.processor import prompt_of
-from mmpeft.errors import BadSample
+from mmpeft.errors import BadSample, ConfigError
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -58,6 +58,23 @@ def test_training_batches(model, digits, workers):
     for batch in batches:
         output = model(batch["inputs"])
         assert output.num_supervised >= 8 and torch.isfinite(output.loss_sum)  # an answer and an end of turn each
+
+
+def test_packed_training_batches_have_the_loss_of_padded_ones(model, digits):
+    def losses(row_length):
+        processor = ConversationProcessor(model, row_length=row_length)
+        batches = list(Loader(digits, processor, batch_size=4, train=True, shuffle=False, bucket=False))
+        with torch.no_grad():
+            return [model(b["inputs"]).loss_sum for b in batches], batches
+
+    packed, batches = losses(200)
+    padded, _ = losses(None)
+    assert all(b["inputs"]["layout"] == "packed" and b["inputs"]["input_ids"].shape[0] < 4 for b in batches)
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadSample, match="a row holds 20 tokens"):
+        losses(20)
+    with pytest.raises(ConfigError, match="row_length must be"):
+        ConversationProcessor(model, row_length=0)
 
 
 def test_evaluation_batches_answer_freely(model, digits):

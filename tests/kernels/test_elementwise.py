@@ -1,4 +1,4 @@
-"""Each memory-bound kernel equals its plain-torch reference at odd sizes, and leaves the padding of its buffers alone."""
+"""Each memory-bound kernel equals its plain-torch reference at odd sizes and leaves its buffers' padding alone."""
 
 import pytest
 import torch

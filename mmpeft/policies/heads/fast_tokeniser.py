@@ -97,8 +97,14 @@ class FASTTokeniser:
             raise ConfigError(f"expected chunks [N, {self.chunk}, {self.action_dim}], given {list(chunks.shape)}")
         numbers = self._numbers(chunks, self.scale).clamp(self.low, self.high) - self.low
         rank = {pair: i for i, pair in enumerate(self.merges)}
-        base = self.high - self.low + 1
-        return [_apply(row, rank, base) for row in numbers.tolist()]
+        return [self._merge(row, rank) for row in numbers.tolist()]
+
+    def _merge(self, row: list[int], rank: Mapping[tuple[int, int], int]) -> list[int]:
+        """Merges in the order in which they were learned."""
+        while pairs := [rank[p] for p in zip(row, row[1:], strict=False) if p in rank]:
+            first = min(pairs)
+            row = _join(row, self.merges[first], self.high - self.low + 1 + first)
+        return row
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """One sequence -> [C, A].
@@ -173,13 +179,3 @@ def _join(row: list[int], pair: tuple[int, int], new: int) -> list[int]:
             i += 1
     return out
 
-
-def _apply(row: list[int], rank: Mapping[tuple[int, int], int], base: int) -> list[int]:
-    """Merges in the order in which they were learned."""
-    while True:
-        pairs = [rank[p] for p in zip(row, row[1:], strict=False) if p in rank]
-        if not pairs:
-            return row
-        first = min(pairs)
-        pair = next(p for p, r in rank.items() if r == first)
-        row = _join(row, pair, base + first)

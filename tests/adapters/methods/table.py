@@ -1,5 +1,5 @@
-"""One row a method: a configuration that fits the small sites below, what it defines in one line of float64, how many numbers it
-trains, and HF PEFT's configuration of the same thing. The tests of this folder run over these rows."""
+"""One row a method: a configuration that fits the small sites below, what it defines in one line of float64, how many
+numbers it trains, and HF PEFT's configuration of the same thing. The tests of this folder run over these rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from cases import Attention, DirectRead, Experts, Host, _hf_conv1d, deltas
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters import activation, blocks, circulant, diff_pruning, fact, hadamard, kronecker, lora_kin, orthogonal, sparse, subspace
+from mmpeft.adapters import (
+    activation,
+    blocks,
+    circulant,
+    diff_pruning,
+    fact,
+    hadamard,
+    kronecker,
+    lora_kin,
+    orthogonal,
+    sparse,
+    subspace,
+)
 from mmpeft.adapters.method import Method
 
 OUT, INTO = 24, 16  # of the linear site: both sides divide by 4 and 8, neither is a power of the other
@@ -62,7 +74,8 @@ def reflections(u: Tensor) -> Tensor:
 
 
 def butterfly_product(Q: Tensor, b: int, n: int) -> Tensor:
-    """R_1 ... R_m with permutation matrices: factor j's blocks pair half-block c with half-block c + 2^j of each span."""
+    """R_1 ... R_m with permutation matrices: factor j's blocks pair half-block c with half-block c + 2^j of each
+    span."""
     total = torch.eye(n, dtype=Q.dtype)
     for j in range(Q.shape[0]):
         order = []
@@ -182,11 +195,13 @@ ROWS: dict[str, Row] = {
     ),
     "surm-ldr": Row(
         circulant.SURM(structure="ldr", rank=2),
-        lambda W, p: W
-        + sum(
-            rolled(g) @ (rolled(h) * (torch.ones(len(h), len(h)).tril() * 2 - 1))
-            for g, h in zip(p["g"], p["h"], strict=True)
-        )[: len(W), : W.shape[1]],
+        lambda W, p: (
+            W
+            + sum(
+                rolled(g) @ (rolled(h) * (torch.ones(len(h), len(h)).tril() * 2 - 1))
+                for g, h in zip(p["g"], p["h"], strict=True)
+            )[: len(W), : W.shape[1]]
+        ),
         lambda o, i: 2 * 2 * max(o, i),
     ),
     "fourierft": Row(
@@ -199,13 +214,15 @@ ROWS: dict[str, Row] = {
     ),
     "gralora": Row(
         blocks.GraLoRA(rank=4, k=2, alpha=2),
-        lambda W, p: W
-        + 0.5
-        * torch.cat(
-            [
-                torch.cat([p["B"][j][:, 2 * n : 2 * n + 2] @ p["A"][n][2 * j : 2 * j + 2] for n in range(2)], 1)
-                for j in range(2)
-            ]
+        lambda W, p: (
+            W
+            + 0.5
+            * torch.cat(
+                [
+                    torch.cat([p["B"][j][:, 2 * n : 2 * n + 2] @ p["A"][n][2 * j : 2 * j + 2] for n in range(2)], 1)
+                    for j in range(2)
+                ]
+            )
         ),
         lambda o, i: 4 * (o + i),
         factored=True,
@@ -213,9 +230,13 @@ ROWS: dict[str, Row] = {
     ),
     "gralora-hybrid": Row(
         blocks.GraLoRA(rank=2, k=2, hybrid_rank=2),
-        lambda W, p: W
-        + torch.cat([torch.cat([p["B"][j][:, n, None] @ p["A"][n][None, j] for n in range(2)], 1) for j in range(2)])
-        + p["B_hybrid"] @ p["A_hybrid"],
+        lambda W, p: (
+            W
+            + torch.cat(
+                [torch.cat([p["B"][j][:, n, None] @ p["A"][n][None, j] for n in range(2)], 1) for j in range(2)]
+            )
+            + p["B_hybrid"] @ p["A_hybrid"]
+        ),
         lambda o, i: 4 * (o + i),
         factored=True,
         stacks=False,
@@ -243,8 +264,9 @@ ROWS: dict[str, Row] = {
     ),
     "coft": Row(
         orthogonal.OFT(block_size=4, eps=0.5),
-        lambda W, p: W
-        @ block([rotation(q * min(1, 0.5 / len(p["Q"]) ** 0.5 / (2**0.5 * float(q.norm()))), 4) for q in p["Q"]]),
+        lambda W, p: (
+            W @ block([rotation(q * min(1, 0.5 / len(p["Q"]) ** 0.5 / (2**0.5 * float(q.norm()))), 4) for q in p["Q"]])
+        ),
         lambda o, i: i // 4 * 6,
     ),
     "boft": Row(
@@ -303,16 +325,26 @@ ROWS: dict[str, Row] = {
     ),
     "delora": Row(
         lora_kin.DeLoRA(rank=4, lam=2.0),
-        lambda W, p: W
-        + p["lam"] / 4 * sum(outer(b / b.norm(), a / a.norm()) for b, a in zip(p["B"].T, p["A"], strict=True)) @ torch.diag(W.norm(dim=0)),
+        lambda W, p: (
+            W
+            + p["lam"]
+            / 4
+            * sum(outer(b / b.norm(), a / a.norm()) for b, a in zip(p["B"].T, p["A"], strict=True))
+            @ torch.diag(W.norm(dim=0))
+        ),
         lambda o, i: 4 * (o + i) + 1,
         factored=True,
         stacks=False,
     ),
     "randlora": Row(
         lora_kin.RandLoRA(rank=5),
-        lambda W, p: W
-        + sum(b @ torch.diag(k) @ p["A"] @ torch.diag(g) for b, k, g in zip(p["B"], p["lambda_"], p["gamma"], strict=True)),
+        lambda W, p: (
+            W
+            + sum(
+                b @ torch.diag(k) @ p["A"] @ torch.diag(g)
+                for b, k, g in zip(p["B"], p["lambda_"], p["gamma"], strict=True)
+            )
+        ),
         lambda o, i: -(-min(o, i) // 5) * (5 + min(o, i)),
         factored=True,
         stacks=False,
@@ -358,7 +390,9 @@ ROWS: dict[str, Row] = {
     ),
     "sparse-rows": Row(
         sparse.SparseRows(count=3),
-        lambda W, p: torch.stack([w + p["value"][p["index"].tolist().index(r)] if r in p["index"] else w for r, w in enumerate(W)]),
+        lambda W, p: torch.stack(
+            [w + p["value"][p["index"].tolist().index(r)] if r in p["index"] else w for r, w in enumerate(W)]
+        ),
         lambda o, i: 3 * i,
         stacks=False,
     ),
@@ -370,8 +404,10 @@ ROWS: dict[str, Row] = {
     ),
     "diff-pruning": Row(
         diff_pruning.DiffPruning(structured=True, alpha=0.5),
-        lambda W, p: W
-        + (3 * p["alpha"].sigmoid() - 1.5).clamp(0, 1) * (3 * p["alpha_group"].sigmoid() - 1.5).clamp(0, 1) * p["w"],
+        lambda W, p: (
+            W
+            + (3 * p["alpha"].sigmoid() - 1.5).clamp(0, 1) * (3 * p["alpha_group"].sigmoid() - 1.5).clamp(0, 1) * p["w"]
+        ),
         lambda o, i: 2 * o * i + 1,
     ),
     "propulsion": Row(
@@ -418,7 +454,12 @@ PLACES = [
     Place("hf-conv1d", _conv1d, lambda: torch.randn(3, 5, INTO), factored=True),
     Place("conv2d", lambda: Host(nn.Conv2d(4, 24, 2, stride=2, padding=1)), lambda: torch.randn(3, 4, 7, 5)),
     Place("convt2d", lambda: Host(nn.ConvTranspose2d(4, 24, 2, stride=2)), lambda: torch.randn(3, 4, 5, 3)),
-    Place("embedding", lambda: Host(nn.Embedding(16, 24)), lambda: torch.randint(0, 16, (3, 7)), refuses=frozenset({"ssf"})),
+    Place(
+        "embedding",
+        lambda: Host(nn.Embedding(16, 24)),
+        lambda: torch.randint(0, 16, (3, 7)),
+        refuses=frozenset({"ssf"}),
+    ),
     Place("mha", lambda: _Wide(), lambda: torch.randn(3, 5, 16), "inner.site[q,v]"),
     Place("read", lambda: _Read(), lambda: torch.randn(3, 5, 16), "inner.qkv[k]"),
     Place("experts", lambda: Host(Experts(True), 6), lambda: torch.randn(5, 6)),

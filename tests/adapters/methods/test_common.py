@@ -25,8 +25,9 @@ def shake(model: nn.Module, name: str, adapter: str = "a", seed: int = 1) -> Non
 
 @GRID
 def test_start_effect_gradient_merge_file_and_detach(name, place, tmp_path):
-    """One story, since attaching costs most of the time: starts as the base, has an effect and a gradient in every mode, `use(None)`
-    is the base bit for bit, merging and baking change nothing, and a file gives the same model back."""
+    """One story, since attaching costs most of the time: starts as the base, has an effect and a gradient in every
+    mode, `use(None)` is the base bit for bit, merging and baking change nothing, and a file gives the same model
+    back."""
     model, x, base = build(name, place)
     keys = [k for k in model.state_dict() if "_adapters" not in k]
     outputs = []
@@ -131,7 +132,8 @@ def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
 
 @NAMES
 def test_learns_a_planted_task_that_the_frozen_model_cannot_do(name):
-    """Data made by the same model under a random adapter of the same method; the base does not fit it, training does."""
+    """Data made by the same model under a random adapter of the same method; the base does not fit it, training
+    does."""
     row = ROWS[name]
     model, _, _ = build(name, LINEAR)
     teacher = copy.deepcopy(model)
@@ -219,7 +221,15 @@ SMALL = {
     "boft-noscale": mmpeft.BOFT(block_size=2, m=1, scale=False),
     "miss": mmpeft.MiSS(rank=4),
 }
-WHOLE = ("did", "said", "sparse", "shira", "pafi", "spiel", "diff-pruning")  # these take the stack as one list of numbers
+WHOLE = (
+    "did",
+    "said",
+    "sparse",
+    "shira",
+    "pafi",
+    "spiel",
+    "diff-pruning",
+)  # these take the stack as one list of numbers
 SHARED = {"kadaptation": ("A",), "kadaptation-full": ("A",), "delta-lora": ("on",)}
 
 

@@ -1,5 +1,5 @@
-"""Published parameter counts on RoBERTa-base and -large, built on the meta device: the survey's Table 1 where its configuration could
-be derived, else what HF PEFT or AdapterHub count for the same configuration."""
+"""Published parameter counts on RoBERTa-base and -large, built on the meta device: the survey's Table 1 where its
+configuration could be derived, else what HF PEFT or AdapterHub count for the same configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mmpeft.adapters.plan import Plan, resolve
 transformers = pytest.importorskip("transformers")
 
 QV = "encoder.layer.*.attention.self.{query,value}"
-QKV = "encoder.layer.*.attention.self.{query,key,value}"
-LINEAR = "encoder.layer.*.{attention.self.query,attention.self.key,attention.self.value,attention.output.dense,intermediate.dense,output.dense}"
-EVERY = f"{LINEAR} embeddings.{{word,position,token_type}}_embeddings pooler.dense"  # the pooler is the classifier's dense layer
+SELF = "encoder.layer.*.attention.self.{query,key,value}"
+LINEAR = f"{SELF} encoder.layer.*.{{attention.output,intermediate,output}}.dense"
+# The pooler stands for the classifier's dense layer.
+EVERY = f"{LINEAR} embeddings.{{word,position,token_type}}_embeddings pooler.dense"
 BOTH = "encoder.layer.*.{attention.output.dense,output.dense}"
 
 
@@ -28,10 +29,10 @@ COUNTS = [  # (what, size, pattern, method, count)
     ("Table 1 LoRA-FA", "base", QV, mmpeft.LoRAFA(rank=24), 442_368),
     ("Table 1 Propulsion-1", "base", EVERY, propulsion(1), 86_016),
     ("Table 1 Propulsion-3", "base", EVERY, propulsion(3), 258_048),
-    ("Table 1 Propulsion Attn", "base", QKV, propulsion(1), 27_648),
+    ("Table 1 Propulsion Attn", "base", SELF, propulsion(1), 27_648),
     ("Table 1 Propulsion-1", "large", EVERY, propulsion(1), 225_280),
     ("Table 1 Propulsion-3", "large", EVERY, propulsion(3), 675_840),
-    ("Table 1 Propulsion Attn", "large", QKV, propulsion(1), 73_728),
+    ("Table 1 Propulsion Attn", "large", SELF, propulsion(1), 73_728),
     ("PEFT LoHa", "base", QV, mmpeft.LoHa(rank=8), 589_824),
     ("PEFT LoKr", "base", QV, mmpeft.LoKr(rank=8), 26_112),
     ("AdapterHub Compacter", "base", BOTH, mmpeft.Compacter(), 57_088),
@@ -56,12 +57,16 @@ def roberta():
     with torch.device("meta"):
         made = {}
         for size, fields in sizes.items():
-            config = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **fields)
+            config = transformers.RobertaConfig(
+                vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **fields
+            )
             made[size] = transformers.RobertaModel(config)
     return made
 
 
-@pytest.mark.parametrize(("size", "pattern", "method", "count"), [c[1:] for c in COUNTS], ids=[f"{c[0]} {c[1]}" for c in COUNTS])
+@pytest.mark.parametrize(
+    ("size", "pattern", "method", "count"), [c[1:] for c in COUNTS], ids=[f"{c[0]} {c[1]}" for c in COUNTS]
+)
 def test_counts(roberta, size, pattern, method, count):
     # What `inspect` counts, without its FLOPs of the whole model.
     targets, shared = resolve(roberta[size], Plan.read({pattern: method})), {}

@@ -1,4 +1,5 @@
-"""What single methods promise beyond the common properties: shared tensors, orthogonality, trajectories, call methods."""
+"""What single methods promise beyond the common properties: shared tensors, orthogonality, trajectories, call
+methods."""
 
 from __future__ import annotations
 
@@ -91,7 +92,12 @@ def test_shared_tensors_are_one_object_counted_and_saved_once(method, match, cou
 
 @pytest.mark.parametrize(
     "method",
-    [mmpeft.OFT(block_size=4), mmpeft.OFT(block_size=4, side="out"), mmpeft.BOFT(block_size=2, m=4, scale=False), mmpeft.HRA(rank=6)],
+    [
+        mmpeft.OFT(block_size=4),
+        mmpeft.OFT(block_size=4, side="out"),
+        mmpeft.BOFT(block_size=2, m=4, scale=False),
+        mmpeft.HRA(rank=6),
+    ],
     ids=str,
 )
 def test_orthogonal_methods_keep_angles_and_norms(method):
@@ -119,15 +125,25 @@ def test_coft_stays_in_its_ball_and_oft_leaves_it():
         model = nn.Sequential(nn.Linear(8, 8))
         mmpeft.attach(model, {"0": mmpeft.OFT(block_size=4, eps=eps)}, name="a", example=torch.randn(2, 8))
         fill(model, "a", size=2.0)
-        change = torch.linalg.matrix_norm(model[0].weight @ torch.linalg.inv(model[0]._parameters["weight"]) - torch.eye(8))
-        assert (float(torch.linalg.svdvals(model[0]._parameters["weight"] - model[0].weight).max()) < 0.3) == inside, change
+        change = torch.linalg.matrix_norm(
+            model[0].weight @ torch.linalg.inv(model[0]._parameters["weight"]) - torch.eye(8)
+        )
+        assert (float(torch.linalg.svdvals(model[0]._parameters["weight"] - model[0].weight).max()) < 0.3) == inside, (
+            change
+        )
 
 
 def test_delta_lora_follows_the_papers_trajectory():
-    """The paper's loop, which really writes to the weight, and the telescoped form give the same model after every step."""
+    """The paper's loop, which really writes to the weight, and the telescoped form give the same model after every
+    step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5)).double()
-    mmpeft.attach(model, {"0": mmpeft.DeltaLoRA(rank=2, alpha=4, lam=0.7, wait=True)}, name="a", example=torch.randn(2, 6).double())
+    mmpeft.attach(
+        model,
+        {"0": mmpeft.DeltaLoRA(rank=2, alpha=4, lam=0.7, wait=True)},
+        name="a",
+        example=torch.randn(2, 6).double(),
+    )
     (d,) = deltas(model)
     W = model[0]._parameters["weight"].clone()
     A, B, bias = d.A.detach().clone().requires_grad_(), d.B.detach().clone().requires_grad_(), model[0].bias
@@ -149,32 +165,29 @@ def test_delta_lora_follows_the_papers_trajectory():
         mmpeft.begin_delta_lora(model)
 
 
-def test_lora_fa_keeps_no_input_and_lora_does():
-    for method, keeps in ((mmpeft.LoRAFA(rank=2), False), (mmpeft.LoRA(rank=2), True)):
-        model = nn.Sequential(nn.Linear(50, 40))
-        mmpeft.attach(model, {"0": method}, example=torch.randn(2, 50))
-        x, kept = torch.randn(9, 50), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-            model(x)
-        assert (torch.Size([9, 50]) in kept) == keeps
+@pytest.mark.parametrize(("method", "keeps"), [(mmpeft.LoRAFA(rank=2), False), (mmpeft.LoRA(rank=2), True)], ids=str)
+def test_lora_fa_keeps_no_input_and_lora_does(method, keeps):
+    model = nn.Sequential(nn.Linear(50, 40))
+    mmpeft.attach(model, {"0": method}, example=torch.randn(2, 50))
+    x, kept = torch.randn(9, 50), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model(x)
+    assert (torch.Size([9, 50]) in kept) == keeps
 
 
-def test_lora_xs_starts_from_the_top_singular_triplets_whatever_their_signs():
+def test_lora_xs_starts_from_the_top_singular_triplets_whatever_their_signs(monkeypatch):
     torch.manual_seed(0)
     W = torch.randn(9, 7)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
     made = []
     for flip in (1, -1):
         model = nn.Sequential(nn.Linear(7, 9))
         model[0].weight.data = W
-        original = torch.linalg.svd
-        try:
-            torch.linalg.svd = lambda *a, flip=flip, **k: (lambda U, S, V: (U * flip, S, V * flip))(*original(*a, **k))
-            mmpeft.attach(model, {"0": mmpeft.LoRAXS(rank=3, save_projection=False)}, name="a", example=torch.randn(2, 7))
-        finally:
-            torch.linalg.svd = original
+        monkeypatch.setattr(torch.linalg, "svd", lambda *_, flip=flip, **__: (U * flip, S, V * flip))
+        method = mmpeft.LoRAXS(rank=3, save_projection=False)
+        mmpeft.attach(model, {"0": method}, name="a", example=torch.randn(2, 7))
         (d,) = deltas(model)
         assert list(d.state_to_save()) == ["R"]
-        U, S, V = original(W, full_matrices=False)
         assert close(d.B @ d.A, U[:, :3] * S[:3] @ V[:3])
         made.append((d.A, d.B))
     assert close(made[0][0], made[1][0]) and close(made[0][1], made[1][1])
@@ -193,10 +206,15 @@ def test_fastfood_keeps_norms_and_sites_differ():
     assert not close(updates[0], updates[1], 0.1)
 
 
-# --- gains and call methods --------------------------------------------------------------------------------------------
+# --- gains and call methods
+# --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(6, 4, 3, padding=1), lambda: nn.LayerNorm(6)], ids=["linear", "conv", "norm"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(6, 4, 3, padding=1), lambda: nn.LayerNorm(6)],
+    ids=["linear", "conv", "norm"],
+)
 def test_ssf_and_red_edit_what_the_layer_gives(make):
     module = make()
     x = torch.randn(3, 6, 5, 7) if isinstance(module, nn.Conv2d) else torch.randn(3, 5, 6)
@@ -241,7 +259,11 @@ def test_lofit_scales_then_offsets_the_chosen_heads():
         deltas(model, "scale")[1].a[0] += 0.5
         deltas(model, "scale")[1].a[3] += 2.0
     z = torch.tanh(model[0].q(x))
-    scaled = x + model[0].out._parameters["weight"] @ z.new_zeros(8) + F.linear(z * (1 + deltas(model, "scale")[0].a.flatten()), model[0].out.weight, model[0].out.bias)
+    scaled = (
+        x
+        + model[0].out._parameters["weight"] @ z.new_zeros(8)
+        + F.linear(z * (1 + deltas(model, "scale")[0].a.flatten()), model[0].out.weight, model[0].out.bias)
+    )
     scaled = scaled + model[0].mlp(model[0].norm(scaled))
     assert close(model[0](x), scaled)
     plan = mmpeft.lofit_plan(model, 2)
@@ -261,7 +283,11 @@ def test_lofit_scales_then_offsets_the_chosen_heads():
         mmpeft.attach(model, {"0.out": mmpeft.LoFiT(heads=(4,))}, name="x")
 
 
-@pytest.mark.parametrize("method", [mmpeft.Compacter(reduction=1, n=2, activation="relu"), mmpeft.PHMAdapter(reduction=2, n=4, scale=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [mmpeft.Compacter(reduction=1, n=2, activation="relu"), mmpeft.PHMAdapter(reduction=2, n=4, scale=0.5)],
+    ids=str,
+)
 def test_phm_bottlenecks_are_bottlenecks_with_kronecker_weights(method):
     model, x = stack(1), torch.randn(3, 5, 8)
     mmpeft.attach(model, {"0.mlp": method}, name="a", example=x)

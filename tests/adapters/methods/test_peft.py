@@ -1,5 +1,6 @@
-"""HF PEFT as oracle: its tensors, random, copied into ours give the weight it merges to. Where PEFT is wrong there is no row here:
-OFT on kernels above 1 (it folds overlapping patches), BOFT with m > 1 (it silently sets m = 1 without its CUDA extension; the
+"""HF PEFT as oracle: its tensors, random, copied into ours give the weight it merges to. Where PEFT is wrong there is
+no row here: OFT on kernels above 1 (it folds overlapping patches), BOFT with m > 1 (it silently sets m = 1 without its
+    CUDA extension; the
 permutations are compared instead), HRA and C3A on anything but a linear layer."""
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def lokr(layer):
 def gralora(layer):
     tensors = {"A": layer.gralora_A["default"].mT, "B": layer.gralora_B["default"].mT}
     if layer.hybrid_r["default"]:
-        tensors |= {"A_hybrid": layer.gralora_A_general["default"].weight, "B_hybrid": layer.gralora_B_general["default"].weight}
+        tensors |= {
+            "A_hybrid": layer.gralora_A_general["default"].weight,
+            "B_hybrid": layer.gralora_B_general["default"].weight,
+        }
     return tensors
 
 
@@ -44,16 +48,21 @@ def boft(layer):
     R = layer.boft_R["default"]
     b = R.shape[-1]
     Q = (R - R.mT) / 2
-    # PEFT turns by (I - Q)(I + Q)^-1 from the left of W^T, we by (I + Q)(I - Q)^-1 from the right of W: the same rotation.
+    # PEFT turns by (I - Q)(I + Q)^-1 from the left of W^T, we by (I + Q)(I - Q)^-1 from the right of W: the same
+    # rotation.
     return {"Q": Q[..., *torch.triu_indices(b, b, 1)], "s": layer.boft_s["default"].squeeze(-1)}
 
 
 def randlora(layer):
-    n, small, large = layer.num_bases, min(layer.in_features, layer.out_features), max(layer.in_features, layer.out_features)
+    n, small, large = (
+        layer.num_bases,
+        min(layer.in_features, layer.out_features),
+        max(layer.in_features, layer.out_features),
+    )
     return {
         "A": layer.randlora_A["default"][:, 0, :small],
-        # PEFT flattens A's rows rank by rank but B's columns base by base, so column (j, k) of its B meets row (k', j') of A at
-        # the same flat position: the paper's sum with the columns of the random B in another order.
+        # PEFT flattens A's rows rank by rank but B's columns base by base, so column (j, k) of its B meets row (k', j')
+        # of A at the same flat position: the paper's sum with the columns of the random B in another order.
         "B": layer.randlora_B["default"][:large, :n].reshape(large, -1, n).permute(2, 0, 1),
         "lambda_": layer.randlora_lambda["default"].mT,
         "gamma": layer.randlora_gamma["default"],
@@ -65,12 +74,26 @@ def shapes(config, *sites):
 
 
 def delora(layer):
-    return {**lora_like(layer, "delora"), "lam": layer.delora_lambda["default"], "norms": layer.delora_w_norm["default"]}
+    return {
+        **lora_like(layer, "delora"),
+        "lam": layer.delora_lambda["default"],
+        "norms": layer.delora_w_norm["default"],
+    }
 
 
 CASES = [
-    *shapes((mmpeft.LoHa(rank=3, alpha=2), lambda: peft.LoHaConfig(r=3, alpha=2, init_weights=False), loha), "wide", "narrow", "conv"),
-    *shapes((mmpeft.LoKr(rank=2, alpha=3), lambda: peft.LoKrConfig(r=2, alpha=3, init_weights=False), lokr), "wide", "narrow", "conv"),
+    *shapes(
+        (mmpeft.LoHa(rank=3, alpha=2), lambda: peft.LoHaConfig(r=3, alpha=2, init_weights=False), loha),
+        "wide",
+        "narrow",
+        "conv",
+    ),
+    *shapes(
+        (mmpeft.LoKr(rank=2, alpha=3), lambda: peft.LoKrConfig(r=2, alpha=3, init_weights=False), lokr),
+        "wide",
+        "narrow",
+        "conv",
+    ),
     *shapes(
         (
             mmpeft.LoKr(rank=1, alpha=3, factor=8, decompose_both=True),
@@ -81,17 +104,29 @@ CASES = [
         "narrow",
     ),
     *shapes(
-        (mmpeft.C3A(block_size=8), lambda: peft.C3AConfig(block_size=8, init_weights="gaussian"), lambda m: {"w": m.c3a_kernel["default"]}),
+        (
+            mmpeft.C3A(block_size=8),
+            lambda: peft.C3AConfig(block_size=8, init_weights="gaussian"),
+            lambda m: {"w": m.c3a_kernel["default"]},
+        ),
         "wide",
         "narrow",
     ),
     *shapes(
-        (mmpeft.GraLoRA(rank=4, k=4, alpha=3, hybrid_rank=2), lambda: peft.GraloraConfig(r=4, gralora_k=4, alpha=3, hybrid_r=2, init_weights=False), gralora),
+        (
+            mmpeft.GraLoRA(rank=4, k=4, alpha=3, hybrid_rank=2),
+            lambda: peft.GraloraConfig(r=4, gralora_k=4, alpha=3, hybrid_r=2, init_weights=False),
+            gralora,
+        ),
         "wide",
         "narrow",
     ),
     *shapes(
-        (mmpeft.MiSS(rank=5), lambda: peft.MissConfig(r=5, init_weights=False), lambda m: {"D": m.miss_block["default"].mT}),
+        (
+            mmpeft.MiSS(rank=5),
+            lambda: peft.MissConfig(r=5, init_weights=False),
+            lambda m: {"D": m.miss_block["default"].mT},
+        ),
         "wide",
         "narrow",
     ),
@@ -107,22 +142,48 @@ CASES = [
     *shapes(
         (
             mmpeft.OFT(block_size=4, eps=0.3),
-            lambda: peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False, init_weights=False, coft=True, eps=0.3),
+            lambda: peft.OFTConfig(
+                r=0, oft_block_size=4, use_cayley_neumann=False, init_weights=False, coft=True, eps=0.3
+            ),
             lambda m: {"Q": m.oft_R["default"].weight},
         ),
         "wide",
     ),
-    *shapes((mmpeft.BOFT(block_size=4, m=1), lambda: peft.BOFTConfig(boft_block_size=4, init_weights=False), boft), "wide", "narrow"),
-    *shapes((mmpeft.HRA(rank=4), lambda: peft.HRAConfig(r=4, init_weights=False), lambda m: {"u": m.hra_u["default"].mT}), "wide", "narrow"),
-    *shapes((mmpeft.HiRA(rank=3), lambda: peft.HiraConfig(r=3, init_weights=False), lambda m: lora_like(m, "hira")), "wide", "narrow"),
-    *shapes((mmpeft.DeLoRA(rank=3), lambda: peft.DeloraConfig(r=3, delora_lambda=15, init_weights=False), delora), "wide", "narrow"),
     *shapes(
-        (mmpeft.FourierFT(n=30), lambda: peft.FourierFTConfig(n_frequency=30, scaling=150.0, random_loc_seed=777), lambda m: {"c": m.fourierft_spectrum["default"]}),
+        (mmpeft.BOFT(block_size=4, m=1), lambda: peft.BOFTConfig(boft_block_size=4, init_weights=False), boft),
         "wide",
         "narrow",
     ),
     *shapes(
-        (mmpeft.RandLoRA(rank=5, alpha=20), lambda: peft.RandLoraConfig(r=5, randlora_alpha=20, init_weights=False), randlora),
+        (mmpeft.HRA(rank=4), lambda: peft.HRAConfig(r=4, init_weights=False), lambda m: {"u": m.hra_u["default"].mT}),
+        "wide",
+        "narrow",
+    ),
+    *shapes(
+        (mmpeft.HiRA(rank=3), lambda: peft.HiraConfig(r=3, init_weights=False), lambda m: lora_like(m, "hira")),
+        "wide",
+        "narrow",
+    ),
+    *shapes(
+        (mmpeft.DeLoRA(rank=3), lambda: peft.DeloraConfig(r=3, delora_lambda=15, init_weights=False), delora),
+        "wide",
+        "narrow",
+    ),
+    *shapes(
+        (
+            mmpeft.FourierFT(n=30),
+            lambda: peft.FourierFTConfig(n_frequency=30, scaling=150.0, random_loc_seed=777),
+            lambda m: {"c": m.fourierft_spectrum["default"]},
+        ),
+        "wide",
+        "narrow",
+    ),
+    *shapes(
+        (
+            mmpeft.RandLoRA(rank=5, alpha=20),
+            lambda: peft.RandLoraConfig(r=5, randlora_alpha=20, init_weights=False),
+            randlora,
+        ),
         "wide",
         "narrow",
     ),
@@ -166,7 +227,9 @@ def test_the_same_tensors_give_the_same_weight_and_output(method, config, read, 
         assert close(ours[0].weight, layer.base_layer.weight)
     trained = sum(delta._parameters[n].numel() for n in delta.trained)
     theirs_count = sum(p.numel() for n, p in layer.named_parameters() if p.requires_grad)
-    assert trained == theirs_count or isinstance(method, mmpeft.BOFT)  # PEFT's BOFT trains whole blocks, and uses their skew part
+    assert trained == theirs_count or isinstance(
+        method, mmpeft.BOFT
+    )  # PEFT's BOFT trains whole blocks, and uses their skew part
 
 
 def test_kronecker_splits_are_pefts():
@@ -186,5 +249,8 @@ def test_butterfly_orders_are_pefts(n, b, m):
         theirs = BOFTLayer.block_butterfly_perm(layer, n, n // b // 2**j, b // 2, m - 1)
         P = BOFTLayer.perm2mat(layer, theirs)  # and a factor is P R P^T
         ours = torch.eye(n)[:, butterfly(n, b, j, torch.device("cpu"))]
-        assert torch.equal(P @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ P.T, ours @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ ours.T)
+        assert torch.equal(
+            P @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ P.T,
+            ours @ torch.block_diag(*[torch.ones(b, b)] * (n // b)) @ ours.T,
+        )
         assert torch.equal(P, ours)

@@ -108,7 +108,7 @@ def test_selected_sites_train_the_top_share_only_and_load(name, tmp_path):
         optimizer.step()
     assert F.cross_entropy(model(x), y) < first - 0.02
     assert sum(t.numel() for s in optimizer.state.values() for t in s.values() if t.ndim) == 2 * count, "no dense state"
-    for site, e in evidence.items():
+    for site in evidence:
         owner = model.get_submodule(site.split(".")[0])
         changed = (owner.weight - base[site]).flatten().nonzero().flatten().tolist()
         assert set(changed) <= set(expected.get(site, torch.empty(0)).tolist())
@@ -195,7 +195,9 @@ def test_rose_pruner_keeps_the_top_share_of_every_row_of_a_and_column_of_b():
         if len(kept) == 2:
             assert bool((d.A != 0).all())
     assert kept == sorted(kept, reverse=True) and kept[-1] == 0.5
-    assert (d.A != 0).sum(1).tolist() == [3] * 3 and (d.B != 0).sum(0).tolist() == [4] * 3  # half of 6; half of 9, rounded
+    assert (d.A != 0).sum(1).tolist() == [3] * 3 and (d.B != 0).sum(0).tolist() == [
+        4
+    ] * 3  # half of 6; half of 9, rounded
     assert F.cross_entropy(model(x), y).item() < first
     with pytest.raises(ConfigError, match="no RoseLoRA"):
         sparsify.RosePruner(net_with_lora(), begin=0, end=1)
@@ -238,9 +240,14 @@ def test_u_bitfit_trains_the_most_sensitive_bias_entries():
     made = losses(model, x, y)
     names = ("0.bias", "2.bias")
     grads = [torch.autograd.grad(loss(), [model[0].bias, model[2].bias]) for loss in made]
-    scores = {n: torch.stack([(b * g[i]).abs() for g in grads]).sum(0) for i, (n, b) in enumerate(zip(names, (model[0].bias, model[2].bias), strict=True))}
+    scores = {
+        n: torch.stack([(b * g[i]).abs() for g in grads]).sum(0)
+        for i, (n, b) in enumerate(zip(names, (model[0].bias, model[2].bias), strict=True))
+    }
     mmpeft.attach_selected(model, {"{0,2}": mmpeft.UBitFit(density=0.5)}, made, name="a", example=x)
-    assert {d.site.name: d.index.tolist() for d in deltas(model)} == {n: i.tolist() for n, i in criteria.top(scores, 6).items()}
+    assert {d.site.name: d.index.tolist() for d in deltas(model)} == {
+        n: i.tolist() for n, i in criteria.top(scores, 6).items()
+    }
 
 
 @pytest.mark.parametrize("structured", [False, True])

@@ -44,9 +44,9 @@ def test_dct_is_orthonormal_and_compacts():
     assert flat[0] == pytest.approx(7**0.5) and flat[1:].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("c", "a", "scale"), [(8, 3, 10.0), (5, 1, 3.0), (16, 7, 40.0)])
+@pytest.mark.parametrize(("c", "a", "scale"), [(8, 3, 10.0), (5, 1, 3.0), (16, 2, 40.0)])
 def test_fast_loses_half_a_level_of_each_coefficient(c, a, scale):
-    x = chunks(200, c, a)
+    x = chunks(100, c, a)
     tokeniser = FASTTokeniser.fit(x, scale=scale, vocabulary=1024)
     back = torch.stack([tokeniser.decode(t) for t in tokeniser.encode(x)])
     error = torch.einsum("ft,nta->nfa", dct_matrix(c), (back - x).double())

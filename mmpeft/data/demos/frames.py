@@ -1,0 +1,115 @@
+"""Pictures of demonstrations, rendered from the stored states when first asked for and kept beside them.
+
+    frames = FrameCache("demos/push", views=("close",), image_size=96)
+    frames[7]                                            # uint8 [T, N, H, W, 3] of seed 7, memory-mapped
+
+The folder's name is a digest of everything that decides a pixel (views, size, shift), so another camera never finds these pictures.
+Where a simulator has no states to restore, the recorded actions are replayed instead, and the states must agree.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmpeft.data.demos.record import check_replay
+from mmpeft.data.demos.store import DemoFolder, Episode, atomic_write
+from mmpeft.errors import ConfigError
+
+log = logging.getLogger("mmpeft")
+
+
+class FrameCache:
+    """Pictures by seed of one folder of demonstrations.
+
+    Args:
+        folder: of demonstrations. options: of `make_env` that decide pictures: views, image_size, shift.
+
+    Raises:
+        NameNotFound, ConfigError: as `make_env`. NoGL: at the first picture that is not cached yet, where nothing can draw.
+    """
+
+    def __init__(self, folder: str | Path | DemoFolder, **options: Any) -> None:
+        self.store = folder if isinstance(folder, DemoFolder) else DemoFolder(folder)
+        self.options = {**self.store.description.get("options", {}), **options}
+        self._env: Any = None
+        from mmpeft.policies.envs import make_env
+
+        self._env = make_env(self.store.env, **self.options)
+        if not self._env.views:
+            raise ConfigError("a frame cache needs at least one view")
+        self.shape = tuple(self._env.observation_space["images"].shape)
+        described = self._env.describe()
+        self.folder = self.store.path / "frames" / str(described.get("looks") or _name(described))
+
+    def __getitem__(self, seed: int) -> NDArray[np.uint8]:
+        """[T, N, H, W, 3] of an episode; rendered if it is not there, or if its file is damaged."""
+        path = self.folder / f"{seed:010d}.npy"
+        found = _open(path)
+        if found is None or found.shape[1:] != self.shape:
+            buffer = io.BytesIO()
+            np.save(buffer, self.render(self.store.read(seed)))
+            atomic_write(path, buffer.getvalue())
+            found = _open(path)
+            assert found is not None
+        return found
+
+    def fill(self) -> float:
+        """Render what is missing; frames a second (0 if nothing was)."""
+        began, drawn = time.perf_counter(), 0
+        for seed in self.store.seeds:
+            if not (self.folder / f"{seed:010d}.npy").exists():
+                drawn += len(self[seed])
+        seconds = time.perf_counter() - began
+        if drawn:
+            log.info("rendered %d frames of %s in %.1f s", drawn, self.store.path, seconds)
+        return drawn / seconds if drawn else 0.0
+
+    def render(self, episode: Episode) -> NDArray[np.uint8]:
+        """Pictures before each action, uint8 [T, N, H, W, 3].
+
+        Raises:
+            ReplayMismatch: a recording without simulator states that does not replay.
+        """
+        env = self._env
+        if "images" in episode.arrays:
+            raise ConfigError(f"{self.store.path} came with pictures of its own; they cannot be rendered anew")
+        pictures = np.empty((len(episode), *self.shape), np.uint8)
+        if "snapshot" in episode.arrays:
+            env.begin(episode.seed)  # places what is no state but model: the goal, a wall, the looks of the day
+            for step in range(len(episode)):
+                env.restore(episode["snapshot"][step])
+                pictures[step] = env.pictures()
+            return pictures
+        check_replay(env, episode)
+        env.begin(episode.seed)
+        for step in range(len(episode)):
+            pictures[step] = env.pictures()
+            env.advance(episode["executed"][step])
+        return pictures
+
+    def close(self) -> None:
+        """Free the simulator and its OpenGL context."""
+        self._env.close()
+
+
+def _open(path: Path) -> NDArray[np.uint8] | None:
+    """The memory-mapped array, or None where the file is missing or damaged."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.ndim == 5 and array.dtype == np.uint8 else None
+
+
+def _name(described: Mapping[str, Any]) -> str:
+    from mmpeft.policies.envs.views import digest
+
+    return digest(described["name"], described["images"])
