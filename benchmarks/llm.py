@@ -93,7 +93,7 @@ def batches(shape: Shape, device: str = "cuda") -> list[tuple[torch.Tensor, torc
     return [(i, i) for i in ids]
 
 
-def build_mmpeft(shape: Shape, _: argparse.Namespace) -> Callable[[int], Any]:
+def build_mmpeft(shape: Shape, args: argparse.Namespace) -> Callable[[int], Any]:
     """The fused step, captured as one CUDA graph."""
     from mmpeft.kernels import fuse
     from mmpeft.kernels.step import TrainStep
@@ -104,7 +104,7 @@ def build_mmpeft(shape: Shape, _: argparse.Namespace) -> Callable[[int], Any]:
         if name.split(".")[-1] in TARGETS:
             A, B = adapter(name, m.in_features, m.out_features)
             found[name] = fuse.LowRank(torch.nn.Parameter(A), torch.nn.Parameter(B), ALPHA / RANK)
-    fused = fuse.from_model(model, found)
+    fused = fuse.from_model(model, found, dropout=args.dropout)
     torch.cuda.empty_cache()
     step = TrainStep(fused, fused.optimizer(lr=1e-4), batch=shape.batch, length=shape.length)
     data = batches(shape)

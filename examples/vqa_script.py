@@ -1,26 +1,44 @@
-"""What a YAML of `mmpeft fit` does, in Python: the quick start's model on one kind of question.
+"""What vqa_digits.yaml does, in ten lines of Python: two frozen pretrained models, a trained connector, LoRA in the LLM.
 
-    python examples/vqa_script.py [steps]
+    python examples/vqa_script.py
+
+Any Lightning Trainer will do (strategy, precision, logger, callbacks), and so will a plain loop: after
+`mmpeft.attach(model, plan)`, `torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-3))` has what is trained.
 """
 
-import sys
-
-import lightning
+from lightning.pytorch import Trainer, seed_everything
 
 import mmpeft
 from mmpeft.connectors import PixelShuffleMLP
 from mmpeft.data import DataModule, DigitsVQA
 from mmpeft.multimodal import MultimodalLM
-from mmpeft.tasks import GenerationTask
+from mmpeft.tasks import AdapterCheckpoint, GenerationTask
 
-image = {"name": "package:efficientnet-lite0", "image_size": 64, "layer": 3, "resize": "squash"}
-connector = PixelShuffleMLP(factor=4, input_norm=False, output_norm=True)
-model = MultimodalLM("package:smollm2-135m-instruct", image=image, connector=connector, dtype="bfloat16", chat_template="chatml")
-plan = {"connectors.image": "full", "llm.**.{q,v}_proj": mmpeft.LoRA(rank=16, alpha=32)}
-task = GenerationTask(model, plan, lr=1e-3, max_new_tokens=4, feature_cache="runs/features", calibrate=True)
-data = DataModule(DigitsVQA("train", ["which_digit"]), DigitsVQA("test", ["which_digit"], size=200), batch_size=16)
-trainer = lightning.Trainer(max_steps=int(sys.argv[1]) if len(sys.argv) > 1 else 150, accelerator="cpu", logger=False)
-trainer.fit(task, datamodule=data)
-mmpeft.save(model, "runs/vqa_script/adapter")
-photo = data.datasets["val"][0]["messages"][0]["content"][0]["image"]
-print(model.chat([{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "Which digit is this?"}]}]))
+LLM = "package:smollm2-135m-instruct"
+IMAGE = {"name": "package:efficientnet-lite0", "image_size": 64, "layer": 3, "resize": "squash"}
+SETTINGS = {"dtype": "bfloat16", "attn_implementation": "eager", "chat_template": "chatml"}
+PLAN = [
+    {"match": "connectors.image", "train": "full", "lr": 2e-3},
+    {"match": "llm.**.{q,v}_proj", "method": mmpeft.LoRA(rank=16, alpha=32), "lr": 1e-3},
+]
+
+
+def main(steps: int = 300, questions: int = 500, folder: str = "runs/script", llm: str = LLM) -> MultimodalLM:
+    """Train for `steps`, answer `questions` held-out questions, save the adapter under `folder`."""
+    seed_everything(1)
+    model = MultimodalLM(llm, image=IMAGE, connector=PixelShuffleMLP(factor=4, output_norm=True), **SETTINGS)
+    print(mmpeft.inspect(model, PLAN))
+    task = GenerationTask(model, PLAN, max_new_tokens=4, feature_cache="runs/features", calibrate=True)
+    held_out = DigitsVQA("test", size=questions)
+    data = DataModule(DigitsVQA("train", size=16 * steps), held_out, batch_size=16, eval_batch_size=100)
+    saving = AdapterCheckpoint(f"{folder}/adapter")
+    trainer = Trainer(accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, num_sanity_val_steps=0,
+                      enable_checkpointing=False, default_root_dir=folder, callbacks=[saving])  # fmt: skip
+    trainer.fit(task, data)
+    print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()})
+    print(held_out[0]["messages"][0]["content"][-1]["text"], "->", model.eval().chat(held_out[0]["messages"]))
+    return model
+
+
+if __name__ == "__main__":
+    main()

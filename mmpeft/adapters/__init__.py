@@ -26,6 +26,7 @@ from mmpeft.adapters.lora_kin import (
 from mmpeft.adapters.method import Delta, Factors, Method
 from mmpeft.adapters.orthogonal import BOFT, HRA, OFT
 from mmpeft.adapters.phm import Compacter, PHMAdapter
+from mmpeft.adapters.placement import place, spt_plan
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.scaling import IA3
 from mmpeft.adapters.selective import BitFit, Full, LayerNormTuning, RoCoFT
@@ -42,9 +43,10 @@ from mmpeft.adapters.sparse import (
     UBitFit,
     attach_selected,
 )
-from mmpeft.adapters.sparsify import ChildMask, RosePruner, TopGradient
+from mmpeft.adapters.sparsify import ChildMask, RosePruner, TopGradient, WorstSamples
 from mmpeft.adapters.spiel import SpIEL, spiel_step
 from mmpeft.adapters.stack import stack, unstack
+from mmpeft.adapters.steering import ITI, RepE, fit_iti, fit_repe, set_strength
 from mmpeft.adapters.store import load, read_metadata, save
 from mmpeft.adapters.subspace import DID, SAID
 from mmpeft.adapters.switch import (
@@ -58,3 +60,4 @@ from mmpeft.adapters.switch import (
     use,
 )
 from mmpeft.adapters.tokens import VPT, PromptTuning
+from mmpeft.adapters.xpeft import XPEFT

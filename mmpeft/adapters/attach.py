@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters import freeze as freezing
 from mmpeft.adapters.classes import adapt, check_restorable, restore, spec_of
-from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.example import defer, example_of, forget
+from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.liveness import as_call, prove
 from mmpeft.adapters.method import Context, Delta
 from mmpeft.adapters.pattern import select
@@ -25,7 +26,9 @@ from mmpeft.errors import ConfigError, Unsupported
 log = logging.getLogger("mmpeft")
 
 
-def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: Any = None, check: bool = True) -> nn.Module:
+def attach(
+    model: nn.Module, plan: PlanLike, name: str = "default", *, example: Any = None, check: bool = True
+) -> nn.Module:
     """Freeze `model`, put a named adapter on it and make it the active one. The model is changed in place and returned.
 
     The base keeps its tensors, keys, classes (`isinstance`) and behaviour; the new adapter starts as the identity.
@@ -33,9 +36,9 @@ def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: 
     Args:
         plan: mapping pattern -> method, list of rules, YAML file, or `Plan`.
         name: letters, digits, '-' and '_'.
-        example: an input that the model can be called with (a tensor, a tuple of arguments or a dict of keyword arguments),
-            used to prove that every site has an effect and a gradient; None infers one from the model, or waits for the
-            first real batch.
+        example: an input that the model can be called with (a tensor, a tuple of arguments or a dict of keyword
+            arguments), used to prove that every site has an effect and a gradient; None infers one from the model, or
+            waits for the first real batch.
         check: False skips that proof.
 
     Raises:
@@ -52,7 +55,9 @@ def attach(model: nn.Module, plan: PlanLike, name: str = "default", *, example: 
     if state.merged:
         raise ConfigError(f"adapters {', '.join(state.merged)} are merged; unmerge before attaching {name!r}")
     if state.entries and not spec_of(type(model))[3]:
-        raise ConfigError(f"a part of this {type(model).__name__} is adapted already; attach to that part, or detach it first")
+        raise ConfigError(
+            f"a part of this {type(model).__name__} is adapted already; attach to that part, or detach it first"
+        )
     targets = resolve(model, plan)
     before = state.active
     if not state.entries:
@@ -104,10 +109,12 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
         if site.layout is not None:
             with bare(model), torch.no_grad():
                 stored = getattr(owner, site.tensor)
+                if isinstance(stored, DTensor):
+                    raise Unsupported(f"{site.name} is sharded already; attach first, then fully_shard")
                 base = slice_rows(site.layout.to_matrix(stored), site.rows)
         delta = Delta(method, site, method.init(site, base, context), target.rule)
         delta.train(model.training)
-        if base is not None and getattr(method, "dropout", 0.0):
+        if base is not None and method.dropout:
             _refuse_dropout(owner, delta, base)
         group = _slot(owner, state)._modules.setdefault(name, nn.ModuleDict())
         assert isinstance(group, nn.ModuleDict)
@@ -152,8 +159,8 @@ def _refuse_dropout(owner: nn.Module, delta: Delta, base: Tensor) -> None:
         if factors is not None and (op.scales or factors.additive):
             return
     raise ConfigError(
-        f"dropout of {delta.method.name} at {delta.site.name}: the weight of a {type(owner).__name__} is formed there, so no "
-        "activation can be dropped; set dropout=0 for this rule"
+        f"dropout of {delta.method.name} at {delta.site.name}: the weight of a {type(owner).__name__} is formed there, "
+        "so no activation can be dropped; set dropout=0 for this rule"
     )
 
 
@@ -205,14 +212,20 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
 def _bake(model: nn.Module, state: State) -> None:
     calls = [d.site.name for _, _, slot in slots(model) for d in slot.calls(state.active)]
     if calls:
-        raise Unsupported(f"bake=True: {calls[0]} and {len(calls) - 1} more change a call, not a weight; detach keeps no trace of them")
+        raise Unsupported(
+            f"bake=True: {calls[0]} and {len(calls) - 1} more change a call; detach keeps no trace of them"
+        )
     with torch.no_grad():
         new: list[tuple[Tensor, Tensor]] = []
         for _, owner, slot in slots(model):
             for tensor in {d.site.tensor for _, d in slot.deltas()}:
                 stored = owner._parameters.get(tensor)
+                if isinstance(stored, DTensor):
+                    raise Unsupported(f"bake=True: {type(owner).__name__}.{tensor} is sharded; gather the model first")
                 if stored is None:
-                    raise Unsupported(f"bake=True: {type(owner).__name__}.{tensor} is recomputed by its module; it cannot hold a merged value")
+                    raise Unsupported(
+                        f"bake=True: {type(owner).__name__}.{tensor} is recomputed by its module and cannot hold W'"
+                    )
                 new.append((stored, getattr(owner, tensor)))
         for target, value in new:
             target.copy_(value)

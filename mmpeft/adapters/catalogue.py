@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import mmpeft.adapters  # noqa: F401  (fills the registry)
+import mmpeft.adapters
 from mmpeft.adapters import peft_values, peft_write
 from mmpeft.adapters.inspect import tensors_of
 from mmpeft.adapters.method import REGISTRY, Method
@@ -56,6 +56,11 @@ OTHERS = (
     Other("Relative-bias tuning, bias tuning of detectors", 'a plan: `"full"` for the tables, or `BitFit`'),
     Other("Child-Tuning_F", "`ChildMask`, called between backward and step; the survey says gradient norms"),
     Other("GMT gradient-mask tuning", "`TopGradient`, called between backward and step"),
+    Other("FISH-DIP", "`WorstSamples`: its mask is chosen anew from the worst samples and applied to dense gradients"),
+    Other("S-BitFit", "`place` on a plan of `BitFit`: whole bias vectors by importance"),
+    Other("HFT", '`place(by="random", share=0.5)` on a plan of `"full"`'),
+    Other("SPT", "`spt_plan`: LoRA where sensitive weights are dense, `Sparse` entries elsewhere"),
+    Other("EFFT", "`FacTTT` in two rules, attention and feed-forward: each rule has its own shared factors"),
     Other("RoseLoRA's pruning", "`RosePruner` beside a `RoseLoRA` adapter"),
     Other("LoFiT's choice of heads", "`lofit_plan` after a `HeadScaling` run"),
     Other("Compacter++", "`Compacter` after the feed-forward only"),
@@ -75,8 +80,8 @@ OTHERS = (
 
 
 def methods() -> list[type[Method]]:
-    """All registered methods, by file and then in the order of their file."""
-    classes = {cls: None for cls in REGISTRY.values()}
+    """All methods that `mmpeft.adapters` exports, by file and then in the order of their file."""
+    classes = {cls: None for cls in REGISTRY.values() if getattr(mmpeft.adapters, cls.__name__, None) is cls}
     return sorted(classes, key=lambda cls: (cls.__module__, source.getsourcelines(cls)[1]))
 
 

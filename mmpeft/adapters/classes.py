@@ -8,7 +8,8 @@ survive `train()`. It pickles and deep-copies by reference to the class it came 
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
+from functools import wraps as wraps_function
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from mmpeft.adapters.state import SLOT
 from mmpeft.errors import Unsupported
 
 Spec = tuple[type[nn.Module], frozenset[str], bool, bool]
+_GENERATED: dict[Spec, type[nn.Module]] = {}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -54,8 +56,14 @@ def spec_of(cls: type[nn.Module]) -> Spec:
     return cast(Spec, cls.__dict__.get("_mmpeft_spec", (cls, frozenset(), False, False)))
 
 
-@lru_cache(maxsize=None)
 def _generate(cls: type[nn.Module], tensors: frozenset[str], wraps: bool, root: bool) -> type[nn.Module]:
+    spec = (cls, tensors, wraps, root)
+    if spec not in _GENERATED:
+        _GENERATED[spec] = _make(*spec)
+    return _GENERATED[spec]
+
+
+def _make(cls: type[nn.Module], tensors: frozenset[str], wraps: bool, root: bool) -> type[nn.Module]:
     body: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -68,7 +76,7 @@ def _generate(cls: type[nn.Module], tensors: frozenset[str], wraps: bool, root: 
     if issubclass(cls, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
     op = stock_op(cls) if "weight" in tensors else None
-    if op is not None or wraps:
+    if op is not None or wraps or tensors:
         body["forward"] = _forward(cls, op, wraps)
     if issubclass(cls, _CONTAINERS):
         body |= _container(cls)
@@ -82,7 +90,7 @@ def _property(cls: type[nn.Module], name: str) -> property:
         value = self._parameters.get(name)
         if value is None:  # a parametrised tensor, or one that a weight-norm hook recomputes before each call
             inherited = getattr(cls, name, None)
-            value = inherited.fget(self) if isinstance(inherited, property) else self.__dict__.get(name)
+            value = cast(Any, inherited).fget(self) if isinstance(inherited, property) else self.__dict__.get(name)
         return value
 
     def fget(self: nn.Module) -> Any:
@@ -106,11 +114,14 @@ def _property(cls: type[nn.Module], name: str) -> property:
 
 
 def _forward(cls: type[nn.Module], op: Op | None, wraps: bool) -> Any:
+    @wraps_function(cls.forward)  # transformers reads argument names off forward
     def plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if op is not None and len(args) == 1 and not kwargs and op.fits(self):
-            return run(self, op, args[0])
-        return cls.forward(self, *args, **kwargs)
+        if op is not None and len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"} and op.fits(self):
+            return run(self, op, args[0] if args else kwargs["input"])
+        with cast(Slot, self._modules[SLOT]).one_call():
+            return cls.forward(self, *args, **kwargs)
 
+    @wraps_function(cls.forward)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = cast(Slot, self._modules[SLOT])
         return slot.around(partial(plain, self), args, kwargs)
@@ -133,7 +144,7 @@ def _container(cls: type[nn.Module]) -> dict[str, Any]:
         shadow = cls.__new__(cls)
         shadow.__dict__.update(self.__dict__)
         shadow.__dict__["_modules"] = visible(self)
-        return cls.__getitem__(shadow, key)  # type: ignore[attr-defined]
+        return cast(Any, cls).__getitem__(shadow, key)
 
     body: dict[str, Any] = {"__getitem__": getitem, "__len__": lambda self: len(visible(self))}
     if issubclass(cls, nn.ModuleDict):
@@ -157,7 +168,7 @@ def _train(cls: type[nn.Module]) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    return _rebuild, spec_of(type(self)), self.__getstate__()
+    return _rebuild, spec_of(type(self)), cast(Any, self).__getstate__()
 
 
 def _rebuild(cls: type[nn.Module], tensors: frozenset[str], wraps: bool, root: bool) -> nn.Module:

@@ -120,7 +120,7 @@ def _pixels(vision: Any) -> dict[str, Tensor]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _transformers(model: Any) -> Any:
@@ -182,4 +182,3 @@ _SOURCES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Any]], ...] =
     (_from("torchaudio"), _torchaudio),
     (_from("torch"), _torch),
 )
-

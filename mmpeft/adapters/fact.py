@@ -8,7 +8,8 @@ block (a, b) of site l gets
     FacT-TK    s U (sum_k c_labk P_k) V     c_lab [r] its own, the core P [r, r, r] shared
 
 with U [d, r] and V [r, d] shared by all sites: 2 d r + blocks r^2, and 2 d r + blocks r + r^3 parameters. The shared
-factors belong to the first site of the rule and appear once in the file.
+factors belong to the first site of the rule and appear once in the file. Two rules have their own:
+attention in one and feed-forward in another is EFFT's grouping (Chen et al. 2023).
 
 Choice: d is the greatest common divisor of all sides at the rule's sites (the model's width in a transformer). Start:
 as the authors' code, U (their FacTv, the output side) 0, everything else Xavier-uniform.
@@ -66,7 +67,7 @@ class FacTTT(LowRank, name="fact-tt", aliases=("fact",)):
                 f"{self.name} of rank {self.rank}: the sides of the rule's sites share only the divisor {d}"
             )
         own = self.own((base.shape[0] // d, base.shape[1] // d), base)
-        key = (self.name, self.rank, d)
+        key = (self.name, context.sites[0])
         if key in context.shared:
             return Tensors(own, derived=context.shared[key])
         context.shared[key] = {n: nn.Parameter(t) for n, t in self.shared(d, base).items()}

@@ -80,7 +80,7 @@ def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
 def _refuse_dropout(slot: Slot, active: Active) -> None:
     """A composition that has to be materialised has no input to drop."""
     for _, delta in slot.at("weight", active.names):
-        if delta.training and getattr(delta.method, "dropout", 0.0):
+        if delta.training and delta.method.dropout:
             raise Unsupported(
                 f"{delta.site.name}: this composition of {', '.join(active.names)} is formed as one weight, so the "
                 f"dropout of {delta.method.name} cannot act; train with dropout=0 or with one adapter active"
@@ -91,7 +91,7 @@ def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
     """scale * B A drop(x), in x's dtype (autocast decides under autocast)."""
     f, delta = part.factors, part.delta
     assert f.A is not None and f.B is not None
-    if delta is not None and delta.training and (p := getattr(delta.method, "dropout", 0.0)):
+    if delta is not None and delta.training and (p := delta.method.dropout):
         x = F.dropout(x, p)
     dtype = x.dtype if x.is_floating_point() else owner._parameters["weight"].dtype  # type: ignore[union-attr]
     return op.expand(owner, op.shrink(owner, x, f.A.to(dtype)), (f.B * part.scale).to(dtype))
@@ -157,8 +157,8 @@ def _mixed(owner: nn.Module, op: Op, x: Tensor, base: Tensor, active: Active) ->
 def _check_batch(slot: Slot, name: str, x: Tensor, rows: int) -> None:
     if slot.rows_fit is False or x.ndim < 2 or x.shape[0] != rows:
         raise ConfigError(
-            f"rows= at {name}: {rows} rows were given, but this site's input of shape {tuple(x.shape)} does not keep the "
-            "batch on its first axis"
+            f"rows= at {name}: {rows} rows were given, but this site's input of shape {tuple(x.shape)} does not keep "
+            "the batch on its first axis"
         )
 
 
@@ -166,22 +166,23 @@ def _gathered(
     owner: nn.Module, op: Op, x: Tensor, start: Tensor, pieces: list[Piece], biases: Tensor | None, index: Tensor
 ) -> Tensor:
     """The call with each row's own update; `index` [B] into the pieces' and biases' first axis."""
-    spread = (-1, *(1,) * (x.ndim - 2))  # [B, n] -> [B, 1.., n]
+    spread = (1,) * (x.ndim - 2)  # [B, n] -> [B, 1.., n]
     y = op.base(owner, x, start, None)
     for p in pieces:
         z = y.narrow(-1, p.start, p.stop - p.start)
         if p.col is not None:
-            scaled = x * p.col.to(x.dtype)[index].unflatten(0, spread)
+            scaled = x * p.col.to(x.dtype)[index].view(len(x), *spread, -1)
             z = op.base(owner, scaled, start, None).narrow(-1, p.start, p.stop - p.start)
         if p.A is not None and p.B is not None:
             s = torch.bmm(x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1), p.A.to(x.dtype)[index].mT)
             z = z + torch.bmm(s, p.B.to(x.dtype)[index].mT).view_as(z)
         if p.row is not None:
-            z = z * p.row.to(z.dtype)[index].unflatten(0, spread)
+            z = z * p.row.to(z.dtype)[index].view(len(x), *spread, -1)
         y = torch.cat([y.narrow(-1, 0, p.start), z, y.narrow(-1, p.stop, y.shape[-1] - p.stop)], -1)
     if biases is None:
         return y
-    return y + (biases[index] if len(biases) > 1 else biases).to(y.dtype).unflatten(0, spread)
+    b = (biases[index] if len(biases) > 1 else biases).to(y.dtype)
+    return y + b.view(len(b), *spread, -1)
 
 
 def _indexed_rows(owner: nn.Module, op: Op, x: Tensor, base: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ is trained.
 
 The first is `requires_grad = False` on every base tensor; the third follows from it, since autograd records nothing
 whose inputs need no gradient (and a visual prompt inside or before a frozen tower still gets its own). The second is
-this file: the attached root's `train(mode)` calls `set_modes`, which lets only adapters and fully trained modules follow.
+this file: the attached root's `train(mode)` calls `set_modes`, which lets adapters and fully trained modules follow.
 """
 
 from __future__ import annotations

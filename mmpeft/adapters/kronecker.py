@@ -128,8 +128,8 @@ class LoKr(Ranked, name="lokr"):
 
 @dataclass(frozen=True)
 class KAdaptation(Ranked, name="kadaptation", aliases=("kadaption",)):
-    """`W' = W + sum_{j<t} A_j (x) (u_j v_j)`: A_j [t, t] shared by all sites ("slow weights"), u_j [out / t, rank], v_j
-    [rank, in / t] of each site (arXiv 2203.16329). Parameters: t^3 + sum over sites of rank (in + out).
+    """`W' = W + sum_{j<t} A_j (x) (u_j v_j)`: A_j [t, t] shared by the rule's sites ("slow weights"), u_j [out / t,
+    rank], v_j [rank, in / t] of each site (arXiv 2203.16329). Parameters: t^3 + sum over sites of rank (in + out).
 
     Start: A_j N(0, 0.01) (as Compacter's), u_j Xavier, v_j 0. As a low-rank pair it has rank t^2 `rank`, which runs
     beside the frozen call where that is no more than min(out, in).
@@ -154,7 +154,7 @@ class KAdaptation(Ranked, name="kadaptation", aliases=("kadaption",)):
         (*stack, out, into), t, r = base.shape, self.t, self.rank
         u = xavier(*stack, t, out // t, r, like=base)
         v = zeros(*stack, t, r, into // t, like=base)
-        key = (self.name, t)
+        key = (self.name, context.sites[0])
         if key in context.shared:
             return Tensors({"u": u, "v": v}, derived={"A": context.shared[key]})
         context.shared[key] = nn.Parameter(normal(t, t, t, std=0.01, like=base))

@@ -5,10 +5,10 @@ train nothing without a sign. Here `attach` fills the new adapter with noise, ru
 and in eval without gradients, and looks at each site: was it read or called in all three, did a gradient reach its
 tensors in the first two, and is the third's output that of the second. Buffers, random state and adapters are put back.
 
-A site is dead (an error) if the module around it ran but the site took no part, unreached (a warning) if that module did
-not run on this input (an expert without tokens, the other tower), closed (a warning) if it took part but its gradient is
-exactly zero (behind a gate that starts at zero), and invariant (a log line) if its gradient is at rounding level (a key
-bias cancels in the softmax).
+A site is dead (an error) if the module around it ran but the site took no part, unreached (a warning) if that module
+did not run on this input (an expert without tokens, the other tower), closed (a warning) if it took part but its
+gradient is exactly zero (behind a gate that starts at zero), and invariant (a log line) if its gradient is at rounding
+level (a key bias cancels in the softmax).
 
 The same runs answer three more questions: dropout where a weight is only read (refused), what W + delta loses in bf16
 or fp16 (a warning), and whether the batch is the first axis of each site's input (for `use(rows=)`).
@@ -17,26 +17,24 @@ or fp16 (a warning), and whether the batch is the first axis of each site's inpu
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
+from mmpeft.adapters.probe import Call, as_call, noise, put_back, scalar, seed, tensors_in, twins
 from mmpeft.adapters.site import slice_rows
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError, DeadSite
 
+__all__ = ["as_call", "prove", "tensors_in", "warn_rounding"]
+
 log = logging.getLogger("mmpeft")
 
 TRAIN, EVAL, NO_GRAD = "train", "eval", "eval without gradients"
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def prove(model: nn.Module, name: str, call: Call) -> None:
     """
     places = [Place(path, owner, slot, d) for path, owner, slot in slots(model) for _, d in slot.deltas((name,))]
     state = state_of(model)
-    with _noise(places) as without, _put_back(model), torch.enable_grad():
+    with noise(place.delta for place in places) as without, put_back(model), torch.enable_grad():
         runs = {mode: _run(model, places, mode, call) for mode in (TRAIN, EVAL, NO_GRAD)}
         if _differ(runs[EVAL].output, runs[NO_GRAD].output):
             runs[NO_GRAD].dead |= _without_effect(model, places, call, runs[NO_GRAD].output, without)
@@ -102,11 +100,11 @@ def _run(model: nn.Module, places: list[Place], mode: str, call: Call) -> Run:
     model.train(mode == TRAIN)
     state.probing, state.watching = True, mode == NO_GRAD
     try:
-        _seed()
+        seed()
         with torch.set_grad_enabled(mode != NO_GRAD):
             output = model(*call[0], **call[1])
         if mode != NO_GRAD:
-            loss = _scalar(output)
+            loss = scalar(output)
             some = loss.requires_grad
             grads = torch.autograd.grad(loss, params, allow_unused=True) if some else [None] * len(params)
             gradients = {id(p): g for p, g in zip(params, grads, strict=True)}
@@ -163,7 +161,7 @@ def _refuse_dropout(places: list[Place], run: Run) -> None:
     read = {
         place.name
         for place in places
-        if getattr(place.delta.method, "dropout", 0.0) and place.delta.site.layout and place.name in run.read - run.called
+        if place.delta.method.dropout and place.delta.site.layout and place.name in run.read - run.called
     }
     if read:
         raise ConfigError(
@@ -173,7 +171,7 @@ def _refuse_dropout(places: list[Place], run: Run) -> None:
 
 
 def warn_rounding(name: str, materialised: list[tuple[nn.Module, Delta]]) -> None:
-    """On a bf16 or fp16 base, say what W + delta loses where it is formed: measured on a delta of 1e-3 of the weight."""
+    """On a bf16 or fp16 base, say what W + delta loses where it is formed, on a delta of 1e-3 of the weight."""
     worst: tuple[float, float, Delta] | None = None
     found: list[str] = []
     for owner, delta in materialised:
@@ -192,8 +190,8 @@ def warn_rounding(name: str, materialised: list[tuple[nn.Module, Delta]]) -> Non
     if worst is not None:
         log.warning(
             "adapter %r: %d sites are formed as one weight on a half-precision base, where W + delta is rounded: of a "
-            "delta of 1e-3 of the weight, %.0f %% of the entries are lost and the error is %.0f %% of its norm (at %s). "
-            "Keep the base in float32 there, or adapt layers that are called: %s",
+            "delta of 1e-3 of the weight, %.0f %% of the entries are lost and the error is %.0f %% of its norm (at "
+            "%s). Keep the base in float32 there, or adapt layers that are called: %s",
             name, len(found), 100 * worst[1], 100 * worst[0], worst[2].site.name, _few(found),
         )  # fmt: skip
 
@@ -225,7 +223,7 @@ def _unreached(model: nn.Module, dead: list[Place], mode: str, call: Call) -> se
     ran: set[int] = set()
     hooks = [m.register_forward_pre_hook(lambda m, _: ran.add(id(m))) for m in set(around.values())]
     try:
-        _seed()
+        seed()
         with torch.set_grad_enabled(mode != NO_GRAD):
             model(*call[0], **call[1])
     finally:
@@ -256,7 +254,7 @@ def _without_effect(
         with torch.no_grad():
             for p in params:
                 p.copy_(without[id(p)])
-            _seed()
+            seed()
             now = [t for t in tensors_in(model(*call[0], **call[1])) if t.is_floating_point()]
             for p, value in zip(params, noisy, strict=True):
                 p.copy_(value)
@@ -266,7 +264,7 @@ def _without_effect(
 
 
 def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
-    """The two-row probe: row 1 of the example is made row 0's twin. Where the batch is the first axis of a site's input,
+    """The two-row probe: row 1 of the example is made row 0's twin. Where the batch is a site input's first axis,
     row 0 stays bit for bit and row 1 becomes its equal."""
     batch = next((len(t) for t in tensors_in(call) if t.ndim), 0)
     if batch < 2:
@@ -275,11 +273,11 @@ def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
     first = {id(place.slot): place.slot.inputs for place in places}
     for place in places:
         place.slot.inputs = []
-    args, kwargs = _twins(call, batch)
+    args, kwargs = twins(call, batch)
     model.eval()
     state.watching = True
     try:
-        _seed()
+        seed()
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
@@ -297,90 +295,3 @@ def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
                 for (n, a), (m, b) in zip(before, after, strict=True)
             )
         )
-
-
-def _twins(value: Any, batch: int) -> Any:
-    """Every tensor of `batch` rows with row 1 replaced by row 0."""
-    if isinstance(value, Tensor):
-        return torch.cat([value[:1], value[:1], value[2:]]) if value.ndim and len(value) == batch else value
-    if isinstance(value, Mapping):
-        return {k: _twins(v, batch) for k, v in value.items()}
-    return tuple(_twins(v, batch) for v in value) if isinstance(value, tuple | list) else value
-
-
-@contextmanager
-def _noise(places: list[Place]) -> Iterator[dict[int, Tensor]]:
-    """Fill the trained tensors with noise: a zero factor would hide that its partner is dead. Yields the values before."""
-    params = [p for place in places for n in place.delta.trained if (p := place.delta._parameters[n]) is not None]
-    kept = {id(p): p.detach().clone() for p in params}
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for p in params:
-                noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-                p.add_(noise * (0.02 + 0.1 * float(p.abs().mean())))
-        yield kept
-    finally:
-        with torch.no_grad():
-            for p in params:
-                p.copy_(kept[id(p)])
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, modes and every random state (transformers masks spectrograms by numpy's)."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    training = model.training
-    cards = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(cards):
-        try:
-            yield
-        finally:
-            random.setstate(others[0])
-            np.random.set_state(others[1])
-            model.train(training)
-            with torch.no_grad():
-                for b, value in buffers:
-                    b.copy_(value)
-
-
-def _seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-
-
-def _scalar(output: Any) -> Tensor:
-    """A number that depends on every floating-point output, with random signs so that nothing cancels."""
-    generator = torch.Generator().manual_seed(1)
-    total = torch.zeros(())
-    for t in tensors_in(output):
-        if t.is_floating_point() and t.requires_grad:
-            signs = torch.randn(t.shape, generator=generator).to(t.device)
-            total = total.to(t.device) + (t.float() * signs).sum()
-    return total
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from tensors_in(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from tensors_in(v)
-    elif hasattr(value, "__dataclass_fields__"):
-        for n in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, n))
-
-
-def as_call(example: Any) -> Call:
-    """An example as (args, kwargs): a dict is keyword arguments, a tuple or list arguments, anything else the argument."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, tuple | list):
-        return tuple(example), {}
-    return (example,), {}

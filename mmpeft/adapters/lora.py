@@ -37,7 +37,7 @@ class LoRA(Method, name="lora"):
         dropout: on the adapter's input, in training; needs a site that is called (not one whose weight is read).
         rslora: scale alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
         lr_ratio: learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper suggests 16).
-        init_from: "default" (A Kaiming-uniform, B 0), "gaussian" (A N(0, 1/rank)), "orthogonal" (A orthogonal rows, B 0),
+        init_from: "default" (A Kaiming-uniform, B 0), "gaussian" (A N(0, 1/rank)), "orthogonal" (A of orthogonal rows),
             "pissa" (top singular pairs of W), "olora" (QR of W).
 
     Raises:
@@ -120,8 +120,8 @@ def _row_norm(W: Tensor, f: Factors) -> Tensor:
 
 @dataclass(frozen=True)
 class VeRA(Method, name="vera"):
-    """Vector-based random adaptation, `W' = W + diag(b) B diag(d) A` with A and B frozen, random and shared by all sites
-    of the adapter; trained: d [rank] from `d_initial`, b [out] from 0 (arXiv 2310.11454).
+    """Vector-based random adaptation, `W' = W + diag(b) B diag(d) A` with A and B frozen, random and shared by all
+    sites of the adapter; trained: d [rank] from `d_initial`, b [out] from 0 (arXiv 2310.11454).
 
     A [rank, max in] and B [max out, rank] are drawn once from `seed` (Kaiming-uniform, A first, on the CPU, the very
     numbers of HF PEFT) at the largest sizes among the rule's sites, and each site takes its leading columns and rows.
@@ -142,7 +142,9 @@ class VeRA(Method, name="vera"):
 
     def check(self, site: Site) -> None:
         if len(site.shape) != 2:
-            raise Unsupported(f"VeRA shares one matrix pair and cannot adapt the stack {site.name} of shape {site.shape}")
+            raise Unsupported(
+                f"VeRA shares one matrix pair and cannot adapt the stack {site.name} of shape {site.shape}"
+            )
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None

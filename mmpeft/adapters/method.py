@@ -70,6 +70,9 @@ class Method:
     space: ClassVar[str] = "matrix"  # weight methods: "matrix" | "vector" | "any"
     identity_at_init: ClassVar[bool] = True
     mixes: ClassVar[bool] = True  # may different rows of a batch use different adapters of it
+    dropout: float = (
+        0.0  # a field of the methods that have one; a weight method's acts on the site's input, in training
+    )
 
     def __init_subclass__(cls, *, name: str | None = None, aliases: Iterable[str] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -167,7 +170,9 @@ def _make(name: str, args: Mapping[str, Any]) -> Method:
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in args:
         if key not in known:
-            raise ConfigError(f"{cls.__name__} has no field {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{cls.__name__} has no field {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}"
+            )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
 
 

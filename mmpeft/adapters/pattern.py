@@ -47,13 +47,11 @@ def parse(pattern: str) -> tuple[Term, ...]:
     return terms
 
 
-def select(
-    pattern: str, modules: Iterable[str], parameters: Iterable[str] = ()
-) -> list[tuple[str, tuple[str, ...]]]:
+def select(pattern: str, modules: Iterable[str], parameters: Iterable[str] = ()) -> list[tuple[str, tuple[str, ...]]]:
     """The paths a pattern matches, in their own order, each with the roles asked for (empty: the whole tensor).
 
-    A parameter is matched by a term that names it (`**.in_proj_weight`), not by one that ends in a wildcard: `blocks.**`
-    means modules, whose methods know their parameters.
+    A parameter is matched by a term that names it (`**.in_proj_weight`), not by one that ends in a wildcard:
+    `blocks.**` means modules, whose methods know their parameters.
 
     Raises:
         NameNotFound: a term that matches nothing, excluding terms included; the message lists the nearest paths.

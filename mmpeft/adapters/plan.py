@@ -74,12 +74,16 @@ class Rule:
             raise ConfigError(f"{value!r} is no rule; expected {{match: ..., train or method: ..., lr, weight_decay}}")
         for key in value:
             if key not in _FIELDS:
-                raise ConfigError(f"rule {value['match']!r} has no field {key!r}{nearest(key, _FIELDS)}; it has {_FIELDS}")
+                raise ConfigError(
+                    f"rule {value['match']!r} has no field {key!r}{nearest(key, _FIELDS)}; it has {_FIELDS}"
+                )
         method, train = value.get("method"), value.get("train")
         if train is not None and train not in _TRAIN:
             raise ConfigError(f"rule {value['match']!r}: train {train!r}; expected one of {', '.join(_TRAIN)}")
         if (train == "adapter") != (method is not None) and train is not None:
-            raise ConfigError(f"rule {value['match']!r}: train {train!r} with method {method!r}; 'adapter' needs a method")
+            raise ConfigError(
+                f"rule {value['match']!r}: train {train!r} with method {method!r}; 'adapter' needs a method"
+            )
         match = value["match"]
         return Rule(
             match if isinstance(match, str) else " ".join(match),
@@ -131,7 +135,9 @@ class Plan:
         elif isinstance(value, Sequence) and not isinstance(value, str):
             rules = tuple(Rule.read(v) for v in value)
         else:
-            raise ConfigError(f"{value!r} is no plan; expected a mapping pattern -> method, a list of rules or a YAML file")
+            raise ConfigError(
+                f"{value!r} is no plan; expected a mapping pattern -> method, a list of rules or a YAML file"
+            )
         if not rules:
             raise ConfigError("the plan is empty; name at least one pattern to adapt or train")
         return Plan(rules)
@@ -171,7 +177,9 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
         if not found:
             kinds = sorted({type(modules[p]).__name__ for p, _ in hits if p in modules})
             names = ", ".join(type(m).__name__ for m in rule.methods)
-            raise NameNotFound(f"pattern {rule.match!r} matches {len(hits)} places ({', '.join(kinds)}), none that {names} adapts")
+            raise NameNotFound(
+                f"pattern {rule.match!r} matches {len(hits)} places ({', '.join(kinds)}), none that {names} adapts"
+            )
         fresh: set[tuple[tuple[int, str], str | None]] = set()
         for target in found:
             target.method.check(target.site)
@@ -206,7 +214,10 @@ def _targets(
         for p in below:
             if id(modules[p]) not in seen:
                 seen.add(id(modules[p]))
-                out += [Target(rule, method, weight_site(p, modules[p], t), modules[p]) for t in method.tensors(p, modules[p])]
+                out += [
+                    Target(rule, method, weight_site(p, modules[p], t), modules[p])
+                    for t in method.tensors(p, modules[p])
+                ]
         return out
     else:
         owner_path, owner = path, modules[path]
@@ -237,7 +248,9 @@ def _refuse_overlap(target: Target, here: dict[str | None, list[Target]]) -> Non
             raise ConfigError(f"{target.site.name} and {group[0].site.name} overlap; name the slices in one way only")
 
 
-def _drop(chosen: dict[tuple[int, str], dict[str | None, list[Target]]], modules: dict[str, nn.Module], path: str) -> None:
+def _drop(
+    chosen: dict[tuple[int, str], dict[str | None, list[Target]]], modules: dict[str, nn.Module], path: str
+) -> None:
     for here in chosen.values():
         for role in list(here):
             here[role] = [t for t in here[role] if not _below(t.site, path)]
@@ -249,7 +262,7 @@ def _below(site: Site, path: str) -> bool:
 
 
 def _in_slot(path: str) -> bool:
-    """Whether a path is an adapter's own, or the stored half of a parametrised tensor (its owner's tensor is the site)."""
+    """Whether a path is an adapter's own, or the stored half of a parametrised tensor (the owner's is the site)."""
     return SLOT in path.split(".") or "parametrizations" in path.split(".")
 
 

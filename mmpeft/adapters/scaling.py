@@ -44,9 +44,9 @@ class IA3(Method, name="ia3", aliases=("(ia)3",)):
             return Tensors({}, derived={"l": context.shared[key]})
         *stack, out, into = base.shape
         n = out if self.side == "out" else input_channels(site) or into
-        l = nn.Parameter(torch.ones(*stack, n, dtype=wide(base.dtype), device=base.device))
-        context.shared[key] = l
-        return Tensors({"l": l})
+        gains = nn.Parameter(torch.ones(*stack, n, dtype=wide(base.dtype), device=base.device))
+        context.shared[key] = gains
+        return Tensors({"l": gains})
 
     def factors(self, W: Tensor, p: Delta) -> Factors | None:
         if self.side == "out":
@@ -69,12 +69,12 @@ def input_channels(site: Site) -> int | None:
     return layout.shape[1] * layout.groups if layout.name == "conv" else layout.shape[0]
 
 
-def input_gains(l: Tensor, site: Site) -> Tensor:
+def input_gains(gains: Tensor, site: Site) -> Tensor:
     """Gains of the inputs as factors of the matrix view: [*, 1, in], or [out, in] for a grouped convolution."""
     if input_channels(site) is None:
-        return l.unsqueeze(-2)
+        return gains.unsqueeze(-2)
     assert site.layout is not None
     groups, (out, into) = site.layout.groups, site.layout.matrix_shape()
-    gains = l.view(groups, -1)  # each group's own input channels, then one column a kernel tap
+    gains = gains.view(groups, -1)  # each group's own input channels, then one column a kernel tap
     gains = gains.repeat_interleave(into // gains.shape[1], 1)
     return gains if groups == 1 else gains.repeat_interleave(out // groups, 0)

@@ -1,15 +1,15 @@
 """Selective methods: train a few of the base's own numbers, stored as compact deltas so that the base never moves.
 
-    full       the adapter's own copy of every tensor below the matched module
-    BitFit     a delta on each bias (Ben Zaken et al. 2021, arXiv 2106.10199)
-    LayerNorm tuning   own gains and biases of normalisation layers (Zhao et al. 2023, arXiv 2312.11420)
-    RoCoFT     a delta on a few rows or columns of each weight (Kowsher et al. 2024, arXiv 2410.10075)
+full       the adapter's own copy of every tensor below the matched module
+BitFit     a delta on each bias (Ben Zaken et al. 2021, arXiv 2106.10199)
+LayerNorm tuning   own gains and biases of normalisation layers (Zhao et al. 2023, arXiv 2312.11420)
+RoCoFT     a delta on a few rows or columns of each weight (Kowsher et al. 2024, arXiv 2410.10075)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Full(Method, name="full"):
         return Tensors({"value": base.detach().to(wide(base.dtype), copy=True).contiguous()})
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
-        return p.value
+        return cast(Tensor, p.value)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BitFit(Method, name="bitfit"):
         return Tensors({"delta": zeros(*base.shape, like=base)})
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
-        return W + p.delta
+        return cast(Tensor, W + p.delta)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LayerNormTuning(Method, name="layernorm", aliases=("ln_tuning", "norm_tuni
         return Tensors({"delta": zeros(*base.shape, like=base)})
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:
-        return W + p.delta
+        return cast(Tensor, W + p.delta)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A weight method works on a matrix `[*, out, in]` and never asks what layer it si
 into that view and back, so a dilated grouped convolution, a packed attention projection and an embedding are one case:
 
     linear            [out, in]                  Linear, packed in_proj, RNN weights; [e, out, in] for expert tensors
-    transposed        [in, out]                  HF Conv1D, Embedding (out = embedding width, in = vocabulary), [e, in, out]
+    transposed        [in, out]                  HF Conv1D, Embedding (out = width, in = vocabulary), [e, in, out]
     conv              [out, in/groups, *k]       Conv1d/2d/3d, flattened to [out, in/groups * prod(k)]
     conv_transposed   [in, out/groups, *k]       ConvTranspose1d/2d/3d, to the same [out, in/groups * prod(k)]
     vector            [n]                        biases and norm gains, kept as they are
@@ -51,7 +51,7 @@ class Layout:
         if self.name == "conv":
             return w.flatten(1)
         if self.name == "conv_transposed":  # [g * i, o, *k] -> [g, o, i, *k] -> [g * o, i * prod(k)]
-            w = w.unflatten(0, (self.groups, -1)).transpose(1, 2)
+            w = w.reshape(self.groups, -1, *w.shape[1:]).transpose(1, 2)
             return w.reshape(self.matrix_shape())
         return w
 
@@ -117,7 +117,9 @@ def layout_of(module: nn.Module, tensor: str, shape: tuple[int, ...]) -> Layout:
     if len(shape) == 3 and getattr(module, "is_transposed", False):  # HF expert modules that store [e, in, out]
         return Layout("transposed", shape)
     if len(shape) > 3:
-        raise Unsupported(f"{type(module).__name__}.{tensor} of shape {shape} is no matrix, convolution or expert stack")
+        raise Unsupported(
+            f"{type(module).__name__}.{tensor} of shape {shape} is no matrix, convolution or expert stack"
+        )
     return Layout("linear", shape)
 
 
@@ -152,7 +154,9 @@ def read_shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
     return tuple(stored.shape)
 
 
-def weight_site(path: str, module: nn.Module, tensor: str, role: str | None = None, parent: nn.Module | None = None) -> Site:
+def weight_site(
+    path: str, module: nn.Module, tensor: str, role: str | None = None, parent: nn.Module | None = None
+) -> Site:
     """The site of `module.<tensor>`, or of one role's rows in it.
 
     Raises:
@@ -249,5 +253,3 @@ def put_rows(m: Tensor, new: Tensor, rows: tuple[int, int] | None) -> Tensor:
     axis = -1 if m.ndim == 1 else -2
     head, tail = m.narrow(axis, 0, rows[0]), m.narrow(axis, rows[1], m.shape[axis] - rows[1])
     return torch.cat([head, new, tail], axis)
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -55,6 +55,7 @@ class Slot(nn.Module):
         self.runs: dict[str, int] = {}  # liveness: how often each tensor was used factored, or the call wrapped
         self.follows: dict[str, tuple[nn.Module, str]] = {}  # tied tensors: the owner and name that carry the delta
         self.cache: dict[str, Cached] = {}  # tensor name -> W', without gradients only
+        self.kept: dict[Any, Tensor] | None = None  # W' within one call of the owner, gradients or not
         self.stacks: dict[str, Stack] = {}  # tensor name -> all stacked adapters' updates (`mmpeft.stack`)
         self.inputs: list[tuple[int, Tensor]] = []  # liveness: (rows, summary of the first two) of each input
         self.rows_fit: bool | None = None  # whether liveness saw the batch on the first axis of this owner's input
@@ -77,7 +78,9 @@ class Slot(nn.Module):
         found = [d for n, d in self.deltas(active.names) if d.site.kind != "weight"]
         if found and active.rows is None and active.weights is not None and set(active.weights) != {1.0}:
             names = ", ".join(sorted({d.method.name for d in found}))
-            raise Unsupported(f"weighted use of {names}: only weight methods have a delta that can be scaled; pass a list")
+            raise Unsupported(
+                f"weighted use of {names}: only weight methods have a delta that can be scaled; pass a list"
+            )
         return found
 
     # --- materialised ------------------------------------------------------------------------------------------------
@@ -111,8 +114,22 @@ class Slot(nn.Module):
             )
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.cache.pop(tensor, None)
-            return self._compose(start, deltas, active)
+            if self.kept is None:
+                return self._compose(start, deltas, active)
+            if (tensor, active) not in self.kept:
+                self.kept[tensor, active] = self._compose(start, deltas, active)
+            return self.kept[tensor, active]
         return self._cached(tensor, start, deltas, active)
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Within one call of the owner each W' is formed once, though MultiheadAttention reads its own three to five
+        times; a random method draws once."""
+        outer, self.kept = self.kept, {}
+        try:
+            yield
+        finally:
+            self.kept = outer
 
     def compose(self, start: Tensor, deltas: list[tuple[str, Delta]]) -> Tensor:
         """W' under some deltas, one after the other."""
@@ -193,7 +210,7 @@ class Slot(nn.Module):
         return groups
 
     def rows_vectors(self, tensor: str, base: Tensor) -> Tensor:
-        """A bias under each adapter of `active.names` and, last, the base's: [n + 1, out]; [1, out] if none touches it."""
+        """A bias under each adapter of `active.names` and, last, the base's: [n + 1, out]; [1, out] if untouched."""
         active = self.state.current()
         start = self.pinned.get(tensor, base)
         found = [self.at(tensor, (name,)) for name in active.names]
@@ -223,9 +240,14 @@ class Slot(nn.Module):
         return call(*args, **kwargs)
 
     def _around_rows(
-        self, call: Callable[..., Any], deltas: list[Delta], active: Active, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Callable[..., Any],
+        deltas: list[Delta],
+        active: Active,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """Each adapter's rows through its own call: outputs must be tensors (or tuples of them) with the batch first."""
+        """Each adapter's rows through its own call: outputs must be tensors (or tuples of them), batch first."""
         for delta in deltas:
             if delta.site.kind == "tokens" or not delta.method.mixes:
                 raise Unsupported(f"rows= at {delta.site.name}: {delta.method.name} cannot differ within a batch")
@@ -254,7 +276,7 @@ class Slot(nn.Module):
     # --- copies ------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": {}, "stacks": {}, "reads": {}, "runs": {}, "inputs": []}
+        return self.__dict__ | {"cache": {}, "kept": None, "stacks": {}, "reads": {}, "runs": {}, "inputs": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -282,7 +304,7 @@ class Cached:
 
 
 def full_precision(device: torch.device) -> Any:
-    """Autocast off: weights and factors are formed at their own precision, whatever the forward around them rounds to."""
+    """Autocast off: weights and factors are formed at their own precision, whatever the forward around rounds to."""
     kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -314,8 +336,8 @@ def check_shape(w: Tensor, delta: Delta) -> None:
     layout = delta.site.layout
     if layout is not None and tuple(w.shape) != layout.shape:
         raise ConfigError(
-            f"{delta.site.name} has shape {tuple(w.shape)}, but its adapter was made for {layout.shape}: resize the base "
-            "first, then attach"
+            f"{delta.site.name} has shape {tuple(w.shape)}, but its adapter was made for {layout.shape}: resize the "
+            "base first, then attach"
         )
 
 

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from mmpeft.adapters.attach import attach
 from mmpeft.adapters.criteria import DATA_FREE, Evidence, Losses, criterion, gather, top
 from mmpeft.adapters.example import example_of
-from mmpeft.adapters.liveness import as_call, prove
+from mmpeft.adapters.liveness import prove
 from mmpeft.adapters.low_rank import check_matrix, one_of, site_seed
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, wide, zeros
 from mmpeft.adapters.plan import Plan, PlanLike, Rule, Target, resolve
+from mmpeft.adapters.probe import as_call
 from mmpeft.adapters.selective import BitFit
 from mmpeft.adapters.site import Site, slice_rows
-from mmpeft.adapters.selective import BitFit
-from mmpeft.adapters.selective import BitFit
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError
 

@@ -3,6 +3,8 @@
     RosePruner   RoseLoRA's row- and column-wise pruning (Wang et al. 2024, arXiv 2406.10777)
     ChildMask    Child-Tuning_F: a Bernoulli gradient mask a step (Xu et al. 2021, arXiv 2109.05687). The survey says
                  gradient norms.
+    WorstSamples FISH-DIP's mask (Das et al. 2023, arXiv 2311.03748): Fisher information of the worst samples, anew at
+    times
     TopGradient  gradient-mask tuning: only the largest accumulated gradients update (Li et al. 2025, arXiv 2406.15330)
 
 The masks are called between `backward` and `step`, the pruner after `step`.
@@ -10,12 +12,12 @@ The masks are called between `backward` and `step`, the pruner after `step`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.criteria import cubic, smooth
+from mmpeft.adapters.criteria import cubic, smooth, top
 from mmpeft.adapters.lora_kin import RoseLoRA
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
@@ -104,3 +106,46 @@ class TopGradient:
                 size = parameter.grad.abs().flatten()
                 drop = size.argsort(descending=True, stable=True)[max(1, round(self.density * len(size))) :]
                 parameter.grad.view(-1)[drop] = 0
+
+
+class WorstSamples:
+    """FISH-DIP: only the `density` of all entries with the largest Fisher information on the samples with the largest
+    losses update; `update` chooses them anew. (Adam's momentum still moves entries that were chosen before; SGD leaves
+    them where they are.)
+
+    Args:
+        density: share of entries that update.
+        worst: number of samples that count.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, density: float, worst: int) -> None:
+        if not 0 < density <= 1 or worst < 1:
+            raise ConfigError(f"density {density}, worst {worst}; expected 0 < density <= 1 and worst >= 1")
+        self.parameters, self.density, self.worst = list(parameters), density, worst
+        self.kept: list[Tensor] = []
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> list[int]:
+        """Choose entries from the losses of single samples; returns the numbers of the samples that counted."""
+        with torch.no_grad():
+            values = [float(loss()) for loss in losses]
+        chosen = sorted(range(len(values)), key=lambda i: -values[i])[: self.worst]
+        fisher = [torch.zeros_like(p) for p in self.parameters]
+        for i in chosen:
+            grads = torch.autograd.grad(losses[i](), self.parameters, allow_unused=True)
+            for total, g in zip(fisher, grads, strict=True):
+                if g is not None:
+                    total += g.square()
+        sizes = {str(i): f for i, f in enumerate(fisher)}
+        best = top(sizes, max(1, round(self.density * sum(f.numel() for f in fisher))))
+        self.kept = [torch.zeros(p.numel(), dtype=torch.bool, device=p.device) for p in self.parameters]
+        for name, index in best.items():
+            self.kept[int(name)][index] = True
+        return chosen
+
+    def __call__(self) -> None:
+        """Mask the gradients in place."""
+        if not self.kept:
+            raise ConfigError("WorstSamples: call update(losses) before the first step")
+        for parameter, kept in zip(self.parameters, self.kept, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.mul_(kept.view(parameter.shape))

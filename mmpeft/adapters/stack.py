@@ -5,11 +5,11 @@ Under torch.compile every `use` of another adapter is another program: other ten
     mmpeft.stack(model, names)          # default: all adapters
     mmpeft.use(model, "a")              # or rows=["a", None, "b"]; writes an index tensor, recompiles nothing
 
-the compiled forward gathers A and B by a tensor, so that 64 switches cost one compilation; `use(None)` is a second graph
-and `rows=` a third. For inference: the stacks are copies, and a forward with gradients is refused.
+the compiled forward gathers A and B by a tensor, so that 64 switches cost one compilation; `use(None)` is a second
+graph, `rows=` a third. For inference: the stacks are copies, and a forward with gradients is refused.
 
-Where all adapters have factors, a stack holds [n + 1, rank, in] and [n + 1, out, rank], zero-padded to the largest rank,
-the base last; elsewhere (biases, norm gains, `full`) it holds the n + 1 whole values. `use` stacks again what changed.
+Where all adapters have factors, a stack holds [n + 1, rank, in] and [n + 1, out, rank], padded to the largest rank, the
+base last; elsewhere (biases, norm gains, `full`) it holds the n + 1 whole values. `use` stacks again what changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.method import Factors, wide
 from mmpeft.adapters.site import Layout, put_rows, slice_rows
@@ -49,8 +50,8 @@ class Piece:
 
 
 def pieces_of(groups: list[list[Part]]) -> list[Piece] | None:
-    """Each adapter's updates of one weight as stacks, or None where they cannot be told apart by rows: two updates of one
-    adapter on the same rows, or scales on ranges that overlap between adapters."""
+    """Each adapter's updates of one weight as stacks, or None where they cannot be told apart by rows: two updates of
+    one adapter on the same rows, or scales on ranges that overlap between adapters."""
     ranges = sorted({(p.start, p.stop) for group in groups for p in group})
     scaled = any(not p.factors.additive for group in groups for p in group)
     apart = all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
@@ -67,7 +68,9 @@ def pieces_of(groups: list[list[Part]]) -> list[Piece] | None:
                 start,
                 stop,
                 _stacked([None if f.A is None else _pad(f.A, rank, 0) for f in factors], 0.0),
-                _stacked([None if f.B is None else _pad(f.B * s, rank, 1) for f, s in zip(factors, scales, strict=True)], 0.0),
+                _stacked(
+                    [None if f.B is None else _pad(f.B * s, rank, 1) for f, s in zip(factors, scales, strict=True)], 0.0
+                ),
                 _stacked([f.row for f in factors], 1.0),
                 _stacked([f.col for f in factors], 1.0),
             )
@@ -111,7 +114,8 @@ class Stack:
     def _index(self) -> Tensor:
         if torch.is_grad_enabled():
             raise ConfigError(
-                "stacked adapters are for inference: call the model under torch.no_grad(), or mmpeft.unstack(model) to train"
+                "stacked adapters are for inference: call the model under torch.no_grad(), or mmpeft.unstack(model) "
+                "to train"
             )
         if self.state.indexed == "rows":
             raise Unsupported(f"rows= at {self.name}: this weight is one for the whole batch; use one adapter a batch")
@@ -161,7 +165,9 @@ def stack(model: nn.Module, names: Sequence[str] | None = None) -> None:
     for _, _, slot in slots(model):
         for name, delta in slot.deltas(chosen):
             if delta.site.kind != "weight":
-                raise Unsupported(f"{name!r} changes a call at {delta.site.name} ({delta.method.name}); only weights can be stacked")
+                raise Unsupported(
+                    f"{name!r} changes a call at {delta.site.name} ({delta.method.name}); only weights can be stacked"
+                )
     unstack(model)
     state.stacked = chosen
     activate(model, state, state.active)
@@ -200,18 +206,27 @@ def _refresh(owner: nn.Module, slot: Slot, state: State, picks: dict[torch.devic
         stored = owner._parameters.get(tensor)
         deltas = [slot.at(tensor, (name,)) for name in state.stacked]
         first = next(d for group in deltas for _, d in group)
+        if isinstance(stored, DTensor):
+            raise Unsupported(f"{first.site.name} is sharded and cannot be stacked")
         if stored is None:
             raise Unsupported(f"{first.site.name} is recomputed by its module at each forward and cannot be stacked")
         start = slot.pinned.get(tensor, stored)
         sources = (start, *(p for group in deltas for _, d in group for p in d.parameters()))
         versions = tuple(-1 if t.is_inference() else t._version for t in sources)
         old = slot.stacks.get(tensor)
-        if old is not None and old.versions == versions and all(a is b for a, b in zip(old.sources, sources, strict=True)):
+        if (
+            old is not None
+            and old.versions == versions
+            and all(a is b for a, b in zip(old.sources, sources, strict=True))
+        ):
             picks.setdefault(start.device, old.pick)
             continue
         pick = picks.get(start.device) or (old.pick if old is not None else None)
         if pick is None:
-            pick = Pick(torch.zeros(1, dtype=torch.long, device=start.device), torch.zeros(0, dtype=torch.long, device=start.device))
+            pick = Pick(
+                torch.zeros(1, dtype=torch.long, device=start.device),
+                torch.zeros(0, dtype=torch.long, device=start.device),
+            )
         picks.setdefault(start.device, pick)
         assert first.site.layout is not None
         with torch.no_grad():
@@ -221,4 +236,6 @@ def _refresh(owner: nn.Module, slot: Slot, state: State, picks: dict[torch.devic
             values = None
             if pieces is None:
                 values = torch.stack([slot.compose(start, group) for group in [*deltas, []]])
-        slot.stacks[tensor] = Stack(first.site.name, first.site.layout, pick, state, pieces or [], values, sources, versions)
+        slot.stacks[tensor] = Stack(
+            first.site.name, first.site.layout, pick, state, pieces or [], values, sources, versions
+        )

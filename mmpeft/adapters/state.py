@@ -17,8 +17,8 @@ from mmpeft.errors import ConfigError, NameNotFound, nearest
 class Active:
     """Which adapters a forward uses.
 
-    `names` alone is a composition, left to right, each adapter seeing its predecessor's weight. With `weights` it is the
-    weighted sum of effective deltas. With `rows`, row i of the batch uses adapter `names[rows[i]]`, -1 the base.
+    `names` alone is a composition, left to right, each adapter seeing its predecessor's weight. With `weights` it is
+    the weighted sum of effective deltas. With `rows`, row i of the batch uses adapter `names[rows[i]]`, -1 the base.
     """
 
     names: tuple[str, ...] = ()
@@ -51,7 +51,9 @@ class State:
     watching: bool = False  # liveness: note the first two rows of every site's input
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base before the first attach
     training: dict[str, bool] = field(default_factory=dict)
-    frames: MutableMapping[Any, Active] = field(default_factory=weakref.WeakKeyDictionary)  # checkpoint -> its active set
+    frames: MutableMapping[Any, Active] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )  # checkpoint -> its active set
     seen: set[Active] = field(default_factory=set)  # active sets of all forwards since the last recomputation
     in_backward: bool = False
     override: Active | None = None  # within one call that runs a part of the batch
@@ -104,7 +106,7 @@ class State:
         if len(self.seen) > 1:
             raise ConfigError(
                 "activation checkpointing recomputes a forward, but the forwards before this backward used different "
-                "adapters; use checkpoint(..., use_reentrant=False), or call backward inside each `with mmpeft.use(...)`"
+                "adapters; use checkpoint(..., use_reentrant=False), or call backward inside each `with use(...)`"
             )
         return next(iter(self.seen), self.active)
 
@@ -168,7 +170,7 @@ def state_of(model: nn.Module) -> State:
         raise ConfigError(f"this {type(model).__name__} has no adapter; call mmpeft.attach(model, plan) first")
     if len(found) > 1:
         raise ConfigError(
-            f"{len(found)} parts of this {type(model).__name__} were adapted apart from each other; call this on each part"
+            f"{len(found)} parts of this {type(model).__name__} were adapted apart; call this on each part"
         )
     state: State = next(iter(found.values()))
     return state

@@ -1,7 +1,7 @@
 """Training in a random subspace of the weights: intrinsic dimension (Aghajanyan et al. 2021, arXiv 2012.13255).
 
-    DID    theta = theta_0 + P(t): one trained vector t for all sites, each site's update a fixed random projection of
-           it
+    DID    theta = theta_0 + P(t): one trained vector t for all sites of a rule, each site's update a fixed random
+           projection of it
     SAID   theta_l = theta_0l + lambda_l P(t)_l: structure-aware, with one trained number a site
 
 P is the Fastfood transform S H G Pi H B (Le et al. 2013, arXiv 1408.3060), drawn for each site from the seed and the
@@ -69,7 +69,7 @@ class DID(Method, name="did", aliases=("intrinsic-did",)):
         signs = seeded_normal(n, like=base, generator=generator).sign().to(torch.int8)
         order = seeded_choice(n, n, base, generator)
         derived = {"signs": signs, "order": order, "gauss": seeded_normal(n, like=base, generator=generator)}
-        key = (self.name, self.dimension, self.seed)
+        key = (self.name, context.sites[0])
         if key in context.shared:
             return Tensors({}, derived={"t": context.shared[key], **derived})
         context.shared[key] = nn.Parameter(zeros(size, like=base))

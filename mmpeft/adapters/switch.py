@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.classes import spec_of
 from mmpeft.adapters.forward import stock_op
@@ -76,8 +77,10 @@ def check_rows(model: nn.Module, chosen: Active) -> None:
             if why:
                 refused.setdefault(why, []).append(delta.site.name)
     if refused:
-        lines = [f"  {', '.join(sites[:4])}{f' and {len(sites) - 4} more' if len(sites) > 4 else ''}: {why}"
-                 for why, sites in refused.items()]
+        lines = [
+            f"  {', '.join(sites[:4])}{f' and {len(sites) - 4} more' if len(sites) > 4 else ''}: {why}"
+            for why, sites in refused.items()
+        ]
         raise Unsupported("rows= cannot give each row of a batch its own adapter at\n" + "\n".join(lines))
 
 
@@ -85,13 +88,22 @@ def _why_no_rows(owner: nn.Module, slot: Slot, delta: Delta) -> str:
     """The reason why rows= is refused at a site, '' where it works."""
     if delta.site.kind == "weight":
         op = stock_op(spec_of(type(owner))[0])
-        if op is None or not op.mixes or delta.site.tensor not in ("weight", "bias") or delta.site.tensor in slot.follows:
+        if (
+            op is None
+            or not op.mixes
+            or delta.site.tensor not in ("weight", "bias")
+            or delta.site.tensor in slot.follows
+        ):
             return f"the {delta.site.tensor} of a {type(owner).__name__} is one for the whole batch"
         if delta.site.tensor == "weight" and not delta.method.mixes:
             return f"{delta.method.name} cannot differ within a batch"
     elif delta.site.kind == "tokens" or not delta.method.mixes:
         return f"{delta.method.name} cannot differ within a batch"
-    return "its input does not keep the batch on the first axis, or its weight is read without a call" if slot.rows_fit is False else ""
+    return (
+        "its input does not keep the batch on the first axis, or its weight is read without a call"
+        if slot.rows_fit is False
+        else ""
+    )
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -117,7 +129,9 @@ def trainable(model: nn.Module, names: Sequence[str] | str) -> None:
 
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the adapters that get gradients."""
-    found = {n: None for _, _, slot in slots(model) for n, d in slot.deltas() if any(p.requires_grad for p in d.parameters())}
+    found = {
+        n: None for _, _, slot in slots(model) for n, d in slot.deltas() if any(p.requires_grad for p in d.parameters())
+    }
     return list(found)
 
 
@@ -131,14 +145,17 @@ def check_distributed(model: nn.Module) -> None:
     idle = [n for n in trainable_names(model) if n not in state.active.names or n in state.merged]
     if idle:
         raise ConfigError(
-            f"adapters {', '.join(idle)} are trainable but not active (active: {', '.join(state.active.names) or 'none'}); "
+            f"adapters {', '.join(idle)} are trainable but not active "
+            f"(active: {', '.join(state.active.names) or 'none'}); "
             "under DDP their gradients never arrive. Call mmpeft.trainable(model, [...]) or mmpeft.use(model, [...])"
         )
 
 
-def merge(model: nn.Module, names: Sequence[str] | str | None = None, *, check: Any = None, tolerance: float = 1e-4) -> float:
-    """Pin the effective weights of `names` (default: the active adapters) beside the base, so that forwards cost as much
-    as the base's. `use(None)`, `state_dict` and `unmerge` stay exact; other adapters keep working on top.
+def merge(
+    model: nn.Module, names: Sequence[str] | str | None = None, *, check: Any = None, tolerance: float = 1e-4
+) -> float:
+    """Pin the effective weights of `names` (default: the active adapters) beside the base, so that forwards cost
+    as much as the base's. `use(None)`, `state_dict` and `unmerge` stay exact; other adapters keep working on top.
 
     Args:
         check: an input; the output before and after is compared.
@@ -156,11 +173,17 @@ def merge(model: nn.Module, names: Sequence[str] | str | None = None, *, check: 
     if not chosen.names or chosen.rows is not None:
         raise ConfigError("merge needs active adapters (or their names); rows of a batch cannot be merged")
     if state.merged:
-        raise ConfigError(f"{', '.join(state.merged)} are merged already; unmerge first, then merge all you want together")
-    for path, _, slot in slots(model):
+        raise ConfigError(
+            f"{', '.join(state.merged)} are merged already; unmerge first, then merge all you want together"
+        )
+    for path, owner, slot in slots(model):
         for name, delta in slot.deltas(chosen.names):
+            if isinstance(owner._parameters.get(delta.site.tensor), DTensor):
+                raise Unsupported(f"{delta.site.name} is sharded; merge before fully_shard, or gather the model first")
             if delta.site.kind != "weight":
-                raise Unsupported(f"{name!r} changes the call of {path} ({delta.method.name}); only weight methods can be merged")
+                raise Unsupported(
+                    f"{name!r} changes the call of {path} ({delta.method.name}); only weight methods can be merged"
+                )
     call = None if check is None else as_call(check)
     with use_active(state, chosen), torch.no_grad():
         before = None if call is None else list(tensors_in(model(*call[0], **call[1])))
@@ -176,7 +199,9 @@ def merge(model: nn.Module, names: Sequence[str] | str | None = None, *, check: 
     with use_active(state, chosen), torch.no_grad():
         after = list(tensors_in(model(*call[0], **call[1])))
     size = max((float(b.abs().max()) for b in before if b.is_floating_point()), default=0.0) or 1.0
-    error = max((float((a - b).abs().max()) for a, b in zip(after, before, strict=True) if b.is_floating_point()), default=0.0)
+    error = max(
+        (float((a - b).abs().max()) for a, b in zip(after, before, strict=True) if b.is_floating_point()), default=0.0
+    )
     if not error / size <= tolerance:
         unmerge(model)
         raise ConfigError(
@@ -257,5 +282,3 @@ def parameter_groups(
     if not groups:
         raise ConfigError("nothing is trainable; call mmpeft.trainable(model, [...])")
     return list(groups.values())
-
-

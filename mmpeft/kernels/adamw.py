@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.dispatch import jit, tl, use_triton
+from mmpeft.kernels.dispatch import use_triton
+from mmpeft.kernels.tritonlib import jit, tl
 
 BLOCK = 1024
 

@@ -94,7 +94,7 @@ def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: i
     """The faster of cuDNN and flash for forward and backward at this shape, timed once on random data."""
     with torch.cuda.device(device):
         qkv = torch.randn(B, S, HQ + 2 * HK, D, dtype=dtype, device="cuda")
-        q, k, v = qkv.split([HQ, HK, HK], 2)
+        q, k, v = qkv.split_with_sizes([HQ, HK, HK], 2)
         times: dict[str, float] = {}
         for kind in ("cudnn", "flash"):
             try:
@@ -108,7 +108,7 @@ def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: i
 
 def _time(kind: str, q: Tensor, k: Tensor, v: Tensor) -> float:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     o, saved = _FORWARD[kind](q, k, v, 0.1)
     _BACKWARD[kind](o.transpose(1, 2), q, k, v, o.transpose(1, 2), saved, 0.1)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +20,6 @@ from torch import Tensor
 from mmpeft.errors import ConfigError, Unsupported
 
 log = logging.getLogger("mmpeft.kernels")
-
-triton: Any = None
-tl: Any = None
-try:
-    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
-except (ImportError, OSError, RuntimeError):  # not on this platform, or built for another torch: the references run
-    triton = tl = None
 
 Backend = Literal["auto", "triton", "reference"]
 _backend: Backend = "auto"
@@ -43,7 +36,7 @@ def backend(name: Backend) -> Iterator[None]:
     global _backend
     if name not in ("auto", "triton", "reference"):
         raise ConfigError(f"backend {name!r}; expected 'auto', 'triton' or 'reference'")
-    if name == "triton" and triton is None:
+    if name == "triton" and not triton_installed():
         raise Unsupported("backend 'triton': Triton is not installed; use 'reference'")
     before, _backend = _backend, name
     try:
@@ -56,10 +49,16 @@ def use_triton(x: Tensor) -> bool:
     """Whether the kernels run for tensors that live where `x` lives."""
     if _backend != "auto":
         return _backend == "triton"
-    if x.is_cuda and triton is not None and _capability(x.device.index or 0) >= (8, 0):
+    if x.is_cuda and triton_installed() and _capability(x.device.index or 0) >= (8, 0):
         return True
     _say_once(x.device.type)
     return False
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported; it is not imported before a kernel is needed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -73,11 +72,6 @@ def _say_once(device: str) -> None:
         "mmpeft.kernels: plain-torch references run on %s (the Triton kernels need CUDA, compute capability 8.0)",
         device,
     )
-
-
-def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the plain function where Triton is absent (it is never launched there)."""
-    return fn if triton is None else triton.jit(fn)
 
 
 def next_power_of_2(n: int) -> int:

@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.dispatch import jit, next_power_of_2, tl, triton
+from mmpeft.kernels.dispatch import next_power_of_2
 from mmpeft.kernels.reference import keep_threshold
+from mmpeft.kernels.tritonlib import jit, tl, triton
 
 
 @jit

@@ -37,6 +37,7 @@ def from_model(
     model: Any,
     adapters: Mapping[str, LowRank],
     *,
+    dropout: float = 0.0,
     attached: bool = False,
     check: bool = True,
     tolerance: float | None = None,
@@ -44,10 +45,10 @@ def from_model(
     """The fused form of a causal LM of transformers, with `adapters` by the linears' paths from `model`.
 
     The packed buffers become the storage of the model's own weights (same values, padded rows), so nothing is stored
-    twice. `attached` says that the model's own forward already applies these adapters (their masters may be its
-    parameters). With `check`, the last hidden states and the loss on random tokens (with the adapters where they are
-    attached, else without) must agree with the model's own within `tolerance` (relative; by default 1e-1 in half
-    precision, 1e-4 in fp32).
+    twice. `dropout` acts on every adapter's input in training. `attached` says that the model's own forward already
+    applies these adapters (their masters may be its parameters). With `check`, the last hidden states and the loss on
+    random tokens (with the adapters where they are attached, else without) must agree with the model's own within
+    `tolerance` (relative; by default 1e-1 in half precision, 1e-4 in fp32).
 
     Raises:
         Unsupported: the model's structure or a numeric check does not fit; the message says where.
@@ -77,6 +78,7 @@ def from_model(
         kv_heads=attention.k_proj.weight.shape[0] // d,
         scale=float(attention.scaling),
         rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
+        dropout=dropout,
     )
     if check:
         _prove(model, decoder, fused, attached, tolerance or (1e-1 if head.element_size() < 4 else 1e-4))

@@ -5,13 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmpeft.kernels.adamw import Slot
-from mmpeft.kernels.lowrank import mm_wide
+from mmpeft.kernels.lowrank import drop, mm_wide
 from mmpeft.kernels.packed import LEADING_MULTIPLE, PackedGroup, round_up
+
+
+class Dropped(NamedTuple):
+    """Dropout at a group's low-rank input: probability, and the seed (int64 [1]) of its first member's mask."""
+
+    p: float
+    seed: Tensor
+
+    def at(self, site: int) -> Dropped:
+        """The group number `site`: eight seeds apart, for at most eight members."""
+        return Dropped(self.p, self.seed + 8 * site)
+
+    def of(self, x: Tensor, member: int) -> Tensor:
+        """x [T, n] with the mask of a member, the same in forward and backward."""
+        return drop(x, self.p, self.seed + member)
 
 
 @dataclass
@@ -42,17 +58,43 @@ class Group:
             yield B, Slot((B.shape[0], B.shape[1]), b, s)
             at += B.numel()
 
-    def forward(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+    def shrink(self, x: Tensor, dropped: Dropped | None) -> Tensor:
+        """S = x A^T [T, R]; each member's columns from its own dropped copy of x."""
+        p = self.packed
+        if dropped is None:
+            return x @ p.A.mT
+        S, first = x.new_zeros(x.shape[0], p.rank), 0
+        for i, (r, A) in enumerate(zip(p.ranks, p.A_parts, strict=True)):
+            if r:
+                S[:, first : first + r] = dropped.of(x, i) @ A.mT
+            first += r
+        return S
+
+    def forward(self, wide: Tensor, dropped: Dropped | None = None) -> tuple[Tensor, Tensor]:
         """wide [T, in + R] with x in its first columns -> (y [T, out], S [T, R])."""
         n = self.packed.in_features
-        S = wide[:, :n] @ self.packed.A.mT
+        S = self.shrink(wide[:, :n], dropped)
         wide[:, n:].copy_(S)
         return linear(wide, self.packed.forward_weight, self.packed.bias), S
 
-    def backward(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool) -> Tensor:
+    def backward(
+        self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool, dropped: Dropped | None = None
+    ) -> Tensor:
         """wide [T, out + R] with dy in its first columns (dS is filled in) -> dx [T, in]; writes dB."""
         self.backward_B(wide, S, flat, accumulate)
-        return wide @ self.packed.backward_weight
+        return self.backward_x(wide, dropped)
+
+    def backward_x(self, wide: Tensor, dropped: Dropped | None) -> Tensor:
+        """dx [T, in] from [dy | dS]: one GEMM; under dropout the rank term is masked first, so it is added apart."""
+        p = self.packed
+        if dropped is None:
+            return wide @ p.backward_weight
+        dx, first = wide[:, : p.out_features] @ p.W, p.out_features
+        for i, (r, A) in enumerate(zip(p.ranks, p.A_parts, strict=True)):
+            if r:
+                dx.add_(dropped.of(wide[:, first : first + r] @ A, i))
+            first += r
+        return dx
 
     def backward_B(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool) -> None:
         """Fills dS into the last columns of `wide` and writes dB."""
@@ -67,12 +109,20 @@ class Group:
                 product_into(dB, dy[:, row : row + out].mT, S[:, first : first + r], s, accumulate)
             row, first = row + out, first + r
 
-    def backward_A(self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool) -> None:
+    def backward_A(
+        self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool, dropped: Dropped | None = None
+    ) -> None:
         """Writes dA = dS^T x of all members, from `wide` as `backward` left it."""
-        p, r = self.packed, sum(self.packed.ranks)
-        if r:
-            dA = flat[self.A_start : self.A_start + r * p.in_features].view(r, p.in_features)
-            product_into(dA, wide[:, p.out_features : p.out_features + r].mT, x, 1.0, accumulate)
+        p = self.packed
+        ranks = [sum(p.ranks)] if dropped is None else p.ranks  # one product for all members, or one for each mask
+        first = 0
+        for i, r in enumerate(ranks):
+            if r:
+                start, column = self.A_start + first * p.in_features, p.out_features + first
+                dA = flat[start : start + r * p.in_features].view(r, p.in_features)
+                masked = x if dropped is None else dropped.of(x, i)
+                product_into(dA, wide[:, column : column + r].mT, masked, 1.0, accumulate)
+            first += r
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ outputs and the SwiGLU output are rebuilt by the backward kernels that need them
 
 `FusedLlama` is built from parts, so it knows no library; `fuse.from_model` finds the parts in a transformers model.
 Limits: causal attention over whole rows (right padding is fine, packed documents are not), frozen norms, biases and
-head, no dropout.
+head. Dropout is right but takes the long way (each masked copy is materialised, and the sweep is not used).
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from mmpeft.errors import ConfigError
 from mmpeft.kernels import attention, fused_ops, sweep
 from mmpeft.kernels.adamw import FlatAdamW, Slot
 from mmpeft.kernels.dispatch import use_triton
-from mmpeft.kernels.group import Group, linear
+from mmpeft.kernels.group import Dropped, Group, linear
 from mmpeft.kernels.xent import head_loss
+
+Sites = tuple[Dropped | None, Dropped | None, Dropped | None, Dropped | None]  # of qkv, o, gate_up, down
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Tape:
     gradient: Tensor  # of the final norm's output
     rows: Tensor | None
     shape: tuple[int, int]
+    dropped: Dropped | None
 
 
 @dataclass
@@ -66,6 +69,8 @@ class FusedLlama:
     Args:
         embedding: [V, h]; head: [V, h]; final_norm: [h]. eps: of every norm.
         inv_freq: [d/2], fp32, with `rope_scale` on cos and sin. heads, kv_heads: counts. scale: of q k^T.
+        dropout: on every adapter's input, in `forward` and `loss`; masks are a function of `self.seed`, which each
+            forward advances, and are redrawn in the backward.
     """
 
     embedding: Tensor
@@ -78,9 +83,13 @@ class FusedLlama:
     kv_heads: int
     scale: float
     rope_scale: float = 1.0
+    dropout: float = 0.0
     chunk_rows: int = 1024
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout {self.dropout}; expected 0 <= dropout < 1")
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.embedding.device)
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         self.masters: list[Tensor] = []
         self.slots: list[Slot] = []
@@ -118,56 +127,69 @@ class FusedLlama:
         if (ids is None) == (inputs is None):
             raise ConfigError("give either ids or inputs (embeddings)")
         x = inputs if ids is None else F.embedding(ids, self.embedding)
-        loss: Tensor = _Loss.apply(self, x, labels, rows, *self.masters)
+        loss: Tensor = _Loss.apply(self, x, labels, rows, *self.masters)  # type: ignore[no-untyped-call]
         return loss
 
     @torch.no_grad()
     def forward(self, x: Tensor, labels: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tape]:
         """x [B, S, h], labels [B, S] -> (mean loss, tape)."""
         saved: list[tuple[Any, ...]] = []
-        n, last, rstd = self.hidden(x, saved)
+        dropped = Dropped(self.dropout, self.seed.clone()) if self.dropout else None
+        self.seed.add_(32 * len(self.blocks))
+        n, last, rstd = self.hidden(x, saved, dropped)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
         if rows is not None:
             n, targets = n[rows], targets[rows]
         scale = 1.0 / (targets != -100).sum().clamp_min(1).to(torch.float32).reshape(1)
         loss, gradient = head_loss(n, self.head, targets, scale, chunk_rows=self.chunk_rows)
-        return loss, Tape(saved, (last, rstd), gradient, rows, (x.shape[0], x.shape[1]))
+        return loss, Tape(saved, (last, rstd), gradient, rows, (x.shape[0], x.shape[1]), dropped)
 
     @torch.no_grad()
-    def hidden(self, x: Tensor, saved: list[tuple[Any, ...]] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def hidden(
+        self, x: Tensor, saved: list[tuple[Any, ...]] | None = None, dropped: Dropped | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` for the backward."""
         B, S, h = x.shape
         x, delta = x.reshape(B * S, h), None
         tables = self._cos_sin(S)
         if saved is not None:  # tuned now, while memory is still free
             self._sweep_config(self.blocks[0], B * S)
-        for block in self.blocks:
-            x, delta, kept = self._block(block, x, delta, (B, S), tables)
+        for i, block in enumerate(self.blocks):
+            x, delta, kept = self._block(block, x, delta, (B, S), tables, _sites(dropped, i))
             if saved is not None:
                 saved.append(kept)
         n = torch.empty_like(x)
         return (n, *fused_ops.add_rmsnorm(x, delta, self.final_norm, self.eps, n))
 
     def _block(
-        self, block: Block, x: Tensor, delta: Tensor | None, shape: tuple[int, int], tables: tuple[Tensor, Tensor]
+        self,
+        block: Block,
+        x: Tensor,
+        delta: Tensor | None,
+        shape: tuple[int, int],
+        tables: tuple[Tensor, Tensor],
+        sites: Sites,
     ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         T, h = x.shape
         n = block.qkv.wide(T, h)
         x, rstd1 = fused_ops.add_rmsnorm(x, delta, block.norm1, self.eps, n[:, :h])
-        qkv, S_qkv = block.qkv.forward(n)
+        qkv, S_qkv = block.qkv.forward(n, sites[0])
         q, k, v = self._heads(qkv, shape)
         fused_ops.rope(q, k, None, qkv, *tables)
         o, kept = attention.forward(q, k, v, self.scale)
         o = o.reshape(T, -1)
-        S_o = o @ block.o.packed.A.mT
+        S_o = block.o.shrink(o, sites[1])
         delta = linear(o, block.o.packed.W, block.o.packed.bias).addmm_(S_o, block.o.packed.B.mT)
         n = block.gate_up.wide(T, h)
         x_mid, rstd2 = fused_ops.add_rmsnorm(x, delta, block.norm2, self.eps, n[:, :h])
-        gate_up, S_gu = block.gate_up.forward(n)
+        gate_up, S_gu = block.gate_up.forward(n, sites[2])
         del n
         f = gate_up.shape[1] // 2
         act = block.down.wide(T, f)
         S_d = fused_ops.swiglu_shrink(gate_up, act, block.down.packed.A)
+        if sites[3] is not None:
+            S_d = block.down.shrink(act[:, :f], sites[3])
+            act[:, f:].copy_(S_d)
         delta = linear(act, block.down.packed.forward_weight, block.down.packed.bias)
         return x_mid, delta, (x, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, rstd2, S_gu, gate_up, S_d)
 
@@ -194,31 +216,32 @@ class FusedLlama:
         for i in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[i - 1].down if i else self.blocks[i].down
             g = self._block_backward(
-                self.blocks[i], below, g, tape.blocks.pop(), flat, accumulate, tape.shape, tables, need_dx or i > 0
-            )
+                self.blocks[i], below, g, tape.blocks.pop(), flat, accumulate, tape.shape, tables, need_dx or i > 0,
+                _sites(tape.dropped, i),
+            )  # fmt: skip
         return g[:, :h].reshape(*tape.shape, h) if need_dx else None
 
     def _block_backward(
         self, block: Block, below: Group, g: Tensor, saved: tuple[Any, ...], flat: Tensor, accumulate: bool,
-        shape: tuple[int, int], tables: tuple[Tensor, Tensor], need_dx: bool,
+        shape: tuple[int, int], tables: tuple[Tensor, Tensor], need_dx: bool, sites: Sites,
     ) -> Tensor:  # fmt: skip
         x, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, rstd2, S_gu, gate_up, S_d = saved
         del saved
         (T, h), f, acc = x.shape, gate_up.shape[1] // 2, accumulate
 
-        dact = block.down.backward(g, S_d, flat, acc)
+        dact = block.down.backward(g, S_d, flat, acc, sites[3])
         dgu = block.gate_up.wide(T, 2 * f)
-        self._mlp_backward(block, dact, gate_up, dgu, S_gu, g, flat, acc)
+        self._mlp_backward(block, dact, gate_up, dgu, S_gu, g, flat, acc, sites[3])
         del gate_up, dact, S_d
 
-        dn = dgu @ block.gate_up.packed.backward_weight
+        dn = block.gate_up.backward_x(dgu, sites[2])
         n, g_mid = torch.empty_like(x), block.o.wide(T, h)
         fused_ops.rmsnorm_backward(dn, x_mid, rstd2, block.norm2, g[:, :h], g_mid[:, :h], n)
-        block.gate_up.backward_A(dgu, n, flat, acc)
+        block.gate_up.backward_A(dgu, n, flat, acc, sites[2])
         del dgu, x_mid, g, S_gu
 
-        do = block.o.backward(g_mid, S_o, flat, acc)
-        block.o.backward_A(g_mid, o, flat, acc)
+        do = block.o.backward(g_mid, S_o, flat, acc, sites[1])
+        block.o.backward_A(g_mid, o, flat, acc, sites[1])
         q, k, v = self._heads(qkv, shape)
         o4 = o.view(*shape, self.heads, -1)
         dq, dk, dv = attention.backward(do.view_as(o4), q, k, v, o4, kept, self.scale)
@@ -227,28 +250,28 @@ class FusedLlama:
         del do, dq, dk, dv, q, k, v, o4, o, kept, qkv
 
         if need_dx:
-            dn, g = block.qkv.backward(dqkv, S_qkv, flat, acc), below.wide(T, h)
+            dn, g = block.qkv.backward(dqkv, S_qkv, flat, acc, sites[0]), below.wide(T, h)
             fused_ops.rmsnorm_backward(dn, x, rstd1, block.norm1, g_mid[:, :h], g[:, :h], n)
         else:  # nothing trains below: only the norm's output is wanted, for dA
             block.qkv.backward_B(dqkv, S_qkv, flat, acc)
             fused_ops.add_rmsnorm(x, None, block.norm1, self.eps, n)
             g = g_mid
-        block.qkv.backward_A(dqkv, n, flat, acc)
+        block.qkv.backward_A(dqkv, n, flat, acc, sites[0])
         return g
 
     def _mlp_backward(
         self, block: Block, dact: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, g: Tensor, flat: Tensor,
-        accumulate: bool
+        accumulate: bool, dropped: Dropped | None,
     ) -> None:  # fmt: skip
         """dgu <- [dgate | dup | dS], and the gradients of B_gate, B_up and A_down: in one sweep where that is faster.
 
         g: [T, h + R], as the down projection's backward left it; dact's memory is free afterwards.
         """
         gu, down, f = block.gate_up, block.down, dact.shape[1]
-        config = self._sweep_config(block, dact.shape[0])
+        config = None if dropped else self._sweep_config(block, dact.shape[0])
         if config is None:
             fused_ops.swiglu_backward(dact, gate_up, dgu[:, : 2 * f], dact)  # dact now holds the activation itself
-            down.backward_A(g, dact, flat, accumulate)
+            down.backward_A(g, dact, flat, accumulate, dropped)
             gu.backward_B(dgu, S, flat, accumulate)
             return
         dA = flat[down.A_start : down.A_start + down.packed.ranks[0] * f]
@@ -271,7 +294,7 @@ class FusedLlama:
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.view(*shape, self.heads + 2 * self.kv_heads, -1)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        q, k, v = heads.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 2)
         return q, k, v
 
     def _cos_sin(self, S: int) -> tuple[Tensor, Tensor]:
@@ -280,6 +303,14 @@ class FusedLlama:
             angles = torch.arange(S, device=self.inv_freq.device, dtype=torch.float32)[:, None] * self.inv_freq.float()
             self._tables[S] = (angles.cos() * self.rope_scale, angles.sin() * self.rope_scale)
         return self._tables[S]
+
+
+def _sites(dropped: Dropped | None, block: int) -> Sites:
+    """Dropout of a block's four groups."""
+    if dropped is None:
+        return None, None, None, None
+    qkv, o, gate_up, down = (dropped.at(4 * block + i) for i in range(4))
+    return qkv, o, gate_up, down
 
 
 class _Loss(torch.autograd.Function):

@@ -68,7 +68,7 @@ class PackedGroup:
         self.W = self.buffer[: self.out_features, : self.in_features]
         self.A = self.buffer[self.out_features : rows, : self.in_features]  # [R, in]
         self.B = self.buffer[: self.out_features, self.in_features : columns]  # [out, R], times s
-        self.weights = list(self.W.split(self.outs))
+        self.weights = list(self.W.split_with_sizes(self.outs))
         self.A_parts, self.B_parts, row, first = [], [], 0, 0
         for out, r in zip(self.outs, self.ranks, strict=True):
             self.A_parts.append(self.A[first : first + r])
@@ -107,7 +107,7 @@ def lowrank_group(
     """
     check(x, group.weights, As, Bs, dropout_p, seed)
     if not use_triton(x):
-        biases = [None] * len(As) if group.bias is None else list(group.bias.split(group.outs))
+        biases = [None] * len(As) if group.bias is None else list(group.bias.split_with_sizes(group.outs))
         return [
             reference.lowrank_linear(x, w, b, A, B, s, dropout_p=dropout_p, seed=None if seed is None else seed + i)
             for i, (w, b, A, B, s) in enumerate(zip(group.weights, biases, As, Bs, group.scales, strict=True))
@@ -115,7 +115,7 @@ def lowrank_group(
     y, _ = torch.ops.mmpeft.lowrank_group(
         x, group.buffer, group.bias, list(As), list(Bs), group.outs, group.scales, dropout_p, seed_tensor(seed, x)
     )
-    return list(y.split(group.outs, -1))
+    return list(y.split_with_sizes(group.outs, -1))
 
 
 def _views(P: Tensor, outs: list[int], n_in: int, As: list[Tensor]) -> tuple[int, int, Tensor, Tensor]:

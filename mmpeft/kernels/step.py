@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmpeft.errors import ConfigError
 from mmpeft.kernels.adamw import FlatAdamW
 from mmpeft.kernels.llama import FusedLlama
 
@@ -32,6 +33,11 @@ class TrainStep:
 
     def __call__(self, ids: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
         """One update on ids, labels [B, S]; returns the mean loss before it. `rows`: as in `FusedLlama.loss`."""
+        if ids.shape != self.ids.shape or labels.shape != self.ids.shape or (rows is None) != (self.rows is None):
+            raise ConfigError(
+                f"ids {tuple(ids.shape)}, labels {tuple(labels.shape)}, rows {'no' if rows is None else 'yes'}; "
+                f"this step was made for {tuple(self.ids.shape)}, rows {'no' if self.rows is None else 'yes'}"
+            )
         self.ids.copy_(ids, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
         if self.rows is not None and rows is not None:
@@ -51,7 +57,7 @@ class TrainStep:
 
     def _capture(self) -> None:
         state = [t.clone() for t in self._state()]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run()  # compiles the kernels and picks the attention; undone below
@@ -68,4 +74,4 @@ class TrainStep:
 
     def _state(self) -> Sequence[Tensor]:
         o = self.optimizer
-        return o.flat, o.m, o.v, o.steps
+        return o.flat, o.m, o.v, o.steps, self.model.seed

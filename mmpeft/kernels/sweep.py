@@ -27,7 +27,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.dispatch import jit, next_power_of_2, tl, triton
+from mmpeft.kernels.dispatch import next_power_of_2
+from mmpeft.kernels.tritonlib import jit, tl, triton
 
 log = logging.getLogger("mmpeft.kernels")
 MAX_RANK = 32  # wider ranks do not fit the registers: the caller uses the unfused form

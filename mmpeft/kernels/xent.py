@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.dispatch import jit, tl, triton, use_triton
+from mmpeft.kernels.dispatch import use_triton
+from mmpeft.kernels.tritonlib import jit, tl, triton
 
 
 @jit

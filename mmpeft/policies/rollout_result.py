@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from mmpeft.data.demos.store import atomic_write
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound
-from mmpeft.metrics.success import mcnemar_exact, wilson_interval
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval; the metrics load when it is asked for, because torchmetrics takes seconds to import."""
+    from mmpeft.metrics.success import wilson_interval
+
+    return wilson_interval(successes, episodes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class RolloutResult:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `success`, over all episodes."""
-        return wilson_interval(self.successes, len(self.episodes))
+        return wilson(self.successes, len(self.episodes))
 
     def by_task(self) -> dict[str, dict[str, Any]]:
         """task -> successes, episodes, success, interval, mean steps; in the order of first appearance by name."""
@@ -66,7 +71,7 @@ class RolloutResult:
                 "successes": won,
                 "episodes": len(rows),
                 "success": won / len(rows),
-                "interval": wilson_interval(won, len(rows)),
+                "interval": wilson(won, len(rows)),
                 "steps": float(np.mean([row["steps"] for row in rows])),
             }
         return table
@@ -77,6 +82,8 @@ class RolloutResult:
         Raises:
             ConfigError: not the same tasks and seeds on both sides; the first missing ones are named.
         """
+        from mmpeft.metrics.success import mcnemar_exact
+
         mine, theirs = ({(r["task"], r["seed"]): bool(r["success"]) for r in x.episodes} for x in (self, other))
         if set(mine) != set(theirs) or not mine:
             odd = sorted(set(mine) ^ set(theirs))[:3]
@@ -108,16 +115,9 @@ class RolloutResult:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         summary = {"success": self.success if self.episodes else None, "interval": self.interval, "tasks": self.by_task()}
         body = {**summary, "latency": self.latency, "videos": self.videos, "settings": self.settings, "episodes": self.episodes}
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(body, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        atomic_write(Path(path), json.dumps(body, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> RolloutResult:

@@ -5,6 +5,7 @@ Small pictures are enlarged by whole factors (nearest neighbour), so that what t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,28 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], *, fps: float = 20.
     return target
 
 
-def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+def encode_mp4(path: Path, frames: Iterable[NDArray[np.uint8]], *, fps: float, keyframes: int | None = None) -> None:
+    """H.264 at `path` from pictures [H, W, 3] with even sides; a key frame every so many pictures, for random access.
+
+    Raises:
+        MissingExtra: PyAV is not installed.
+    """
     av = require("av", "robot", "mp4 videos need PyAV; a name that ends in .gif needs only Pillow")
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
         stream: Any = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.options = {"crf": "23", "preset": "veryfast"}
-        for picture in frames:
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "20", "preset": "veryfast"} | ({"g": str(keyframes)} if keyframes else {})
+        for number, picture in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = picture.shape[:2]
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
                 file.mux(packet)
         for packet in stream.encode():
             file.mux(packet)
+
+
+def _write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+    encode_mp4(path, frames, fps=fps)
 
 
 def _write_gif(path: Path, frames: NDArray[np.uint8], fps: float) -> None:

@@ -15,6 +15,7 @@ it as it is. Choices made here:
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -30,6 +31,9 @@ from mmpeft.tasks.schedule import Schedule, check_schedule, lr_factor
 
 _lightning: Any = require("lightning.pytorch", "train")
 log = logging.getLogger(__name__)
+
+# Frozen modules stay in eval mode through train(), on purpose.
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
 EXTRA = "mmpeft"  # the checkpoint entry beside Lightning's own
 

@@ -59,7 +59,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(0.3 * torch.randn(down))
 
     def forward(self, x):  # [B, 6] -> [B, 6]
-        up, down = (self.gate_up_proj, self.down_proj) if self.is_transposed else (self.gate_up_proj.mT, self.down_proj.mT)
+        up, down = (
+            (self.gate_up_proj, self.down_proj) if self.is_transposed else (self.gate_up_proj.mT, self.down_proj.mT)
+        )
         gate, value = torch.einsum("bi,eio->ebo", x, up).chunk(2, -1)
         return torch.einsum("ebi,eio->bo", F.silu(gate) * value, down)
 
@@ -136,6 +138,7 @@ class SiteCase:
     factored: bool = False  # a call of the site needs no W'
     biased: bool = True
     stack: bool = False  # expert stacks
+    norm: bool = False  # a normalisation: vectors only
     variant: bool = False  # of a geometry that another case stands for: in the main properties only
 
     def __str__(self) -> str:
@@ -161,7 +164,9 @@ def _conv(cls, *size, **kwargs):
 SITES = [
     SiteCase("linear-2d", *_linear(3), factored=True),
     SiteCase("linear-3d", *_linear(3, 4), factored=True),
-    SiteCase("linear-nobias", lambda: Host(nn.Linear(5, 7, bias=False), 5), _floats(3, 4, 5), factored=True, biased=False),
+    SiteCase(
+        "linear-nobias", lambda: Host(nn.Linear(5, 7, bias=False), 5), _floats(3, 4, 5), factored=True, biased=False
+    ),
     SiteCase("hf-conv1d", lambda: Host(_hf_conv1d(), 5), _floats(3, 4, 5), factored=True),
     SiteCase("conv1d", *_conv(nn.Conv1d, 9, kernel_size=3, stride=2, padding=1), factored=True),
     SiteCase("conv2d", *_conv(nn.Conv2d, 7, 5, kernel_size=3, stride=2, padding=1), factored=True),
@@ -172,12 +177,20 @@ SITES = [
     SiteCase("conv-grouped", *_conv(nn.Conv2d, 7, 5, kernel_size=3, groups=2, padding=1)),
     SiteCase("conv-depthwise", lambda: Host(nn.Conv2d(4, 8, 3, groups=4, dilation=2)), _floats(3, 4, 9, 7)),
     *(
-        SiteCase(f"conv{len(size)}d-{mode}", *_conv(cls, *size, kernel_size=3, padding=2, padding_mode=mode),
-                 factored=True, variant=True)
+        SiteCase(
+            f"conv{len(size)}d-{mode}",
+            *_conv(cls, *size, kernel_size=3, padding=2, padding_mode=mode),
+            factored=True,
+            variant=True,
+        )
         for mode in ("reflect", "replicate", "circular")
         for cls, size in ((nn.Conv1d, (9,)), (nn.Conv2d, (7, 5)), (nn.Conv3d, (5, 3, 5)))
     ),
-    SiteCase("conv-depthwise-reflect", lambda: Host(nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect")), _floats(3, 4, 7, 5)),
+    SiteCase(
+        "conv-depthwise-reflect",
+        lambda: Host(nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect")),
+        _floats(3, 4, 7, 5),
+    ),
     SiteCase("convt1d", *_conv(nn.ConvTranspose1d, 5, kernel_size=3, stride=2, output_padding=1)),
     SiteCase("convt2d", *_conv(nn.ConvTranspose2d, 5, 3, kernel_size=3, stride=2, dilation=2)),
     SiteCase("convt2d-grouped", *_conv(nn.ConvTranspose2d, 5, 3, kernel_size=3, stride=2, groups=2, padding=1)),
@@ -194,13 +207,29 @@ SITES = [
     SiteCase("direct-read-whole", DirectRead, _floats(3, 5, 6), "qkv"),
     SiteCase("experts", lambda: Host(Experts(False), 6), _floats(5, 6), biased=False, stack=True),
     SiteCase("experts-transposed", lambda: Host(Experts(True), 6), _floats(5, 6), biased=False, stack=True),
-    SiteCase("experts-role", lambda: Host(Experts(True), 6), _floats(5, 6), "site.gate_up_proj[gate]", biased=False, stack=True),
+    SiteCase(
+        "experts-role",
+        lambda: Host(Experts(True), 6),
+        _floats(5, 6),
+        "site.gate_up_proj[gate]",
+        biased=False,
+        stack=True,
+    ),
     SiteCase("tied", Tied, _ids, "embed", biased=False),
     SiteCase("tied-head", Tied, _ids, "head", biased=False),
     SiteCase("lstm", lambda: Recurrent(nn.LSTM), _floats(3, 4, 5)),
     SiteCase("gru", lambda: Recurrent(nn.GRU), _floats(3, 4, 5)),
     SiteCase("weight-norm-old", lambda: Host(_old_weight_norm()), _floats(3, 6, 7)),
     SiteCase("weight-norm-new", lambda: Host(_new_weight_norm()), _floats(3, 6, 7)),
+    *(
+        SiteCase(
+            f"norm-{type(norm).__name__.lower()}",
+            lambda norm=norm: Host(copy.deepcopy(norm)),
+            _floats(3, 4, 7, 5),
+            norm=True,
+        )
+        for norm in (nn.LayerNorm(5), nn.RMSNorm(5), nn.GroupNorm(2, 4), nn.BatchNorm2d(4))
+    ),
     SiteCase("encoder-layer", EncoderLayer, _floats(3, 5, 8), "site.{linear1,linear2,self_attn.out_proj,self_attn}"),
 ]
 
@@ -219,25 +248,31 @@ METHODS: dict[str, mmpeft.Method] = {
     "rocoft-columns": mmpeft.RoCoFT(rank=2, axis="columns", select="random"),
     "full": mmpeft.Full(),
     "bitfit": mmpeft.BitFit(),
+    "layernorm": mmpeft.LayerNormTuning(),
 }
 
 
-FEW = {n: METHODS[n] for n in ("lora", "pissa", "dora", "vera", "ia3-out", "rocoft-columns", "full", "bitfit")}
+FEW = {
+    n: METHODS[n] for n in ("lora", "pissa", "dora", "vera", "ia3-out", "rocoft-columns", "full", "bitfit", "layernorm")
+}
 MAIN = [site for site in SITES if not site.variant]
 
 
 def grid(methods=METHODS, sites=SITES) -> list[tuple[str, SiteCase]]:
     """(method name, site) pairs that make sense together."""
-    return [
-        (name, site)
-        for site in sites
-        for name in methods
-        if not (name == "bitfit" and (not site.biased or "[" in site.match)) and not (name == "vera" and site.stack)
-    ]
+
+    def fits(name: str, site: SiteCase) -> bool:
+        if site.norm:
+            return name in ("layernorm", "full") or (name == "bitfit" and "rms" not in site.name)
+        if name == "bitfit":
+            return site.biased and "[" not in site.match
+        return name != "layernorm" and not (name == "vera" and site.stack)
+
+    return [(name, site) for site in sites for name in methods if fits(name, site)]
 
 
 def base_output(model: nn.Module, x: Tensor) -> Tensor:
-    """The plain model's output, its parameters frozen (torch picks other kernels, with other rounding, for trained ones)."""
+    """The plain model's output, its parameters frozen (torch picks kernels of other rounding for trained ones)."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     with torch.no_grad():
         for p, _ in flags:
@@ -276,7 +311,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = ATOL) -> bool:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """What `detach` must give back: classes, keys, tensors by identity and value, flags, modes, own attributes, hooks."""
+    """What `detach` must give back: classes, keys, tensors by identity and value, flags, modes, attributes, hooks."""
     return {
         "types": {n: type(m) for n, m in model.named_modules()},
         "ids": {n: id(p) for n, p in [*model.named_parameters(), *model.named_buffers()]},

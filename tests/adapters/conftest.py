@@ -1,4 +1,4 @@
-"""Makes `cases.py`, the tables that several test files of this folder share, importable under any way of starting pytest."""
+"""Makes `cases.py`, the tables that the test files of this folder share, importable however pytest is started."""
 
 import sys
 from pathlib import Path

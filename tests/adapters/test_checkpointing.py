@@ -33,7 +33,9 @@ class Net(nn.Module):
 def build(reentrant):
     model = Net(reentrant).eval()
     for seed, name in enumerate("ab"):
-        mmpeft.attach(model, {"linear": mmpeft.LoRA(rank=2), "attention.site[q,v]": mmpeft.LoRA(rank=2)}, name=name, check=False)
+        mmpeft.attach(
+            model, {"linear": mmpeft.LoRA(rank=2), "attention.site[q,v]": mmpeft.LoRA(rank=2)}, name=name, check=False
+        )
         fill(model, name, seed)
     return model
 
@@ -49,7 +51,9 @@ def gradients(model, names="ab"):
 
 
 def same(a, b):
-    return all((x is None) == (y is None) and (x is None or torch.allclose(x, y, atol=1e-6)) for x, y in zip(a, b, strict=True))
+    return all(
+        (x is None) == (y is None) and (x is None or torch.allclose(x, y, atol=1e-6)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_gradients_equal_those_without_checkpointing():
@@ -133,7 +137,9 @@ def test_rows_of_a_call_method_survive_recomputation():
 
 def test_transformers_gradient_checkpointing():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     found = []
     for on in (True, False):

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on the CPU: two gloo processes give the loss and the weights of one; a sharded base is never written to."""
+"""DDP and FSDP2 on the CPU: two gloo processes give the loss and the weights of one; no sharded base is written to."""
 
 from __future__ import annotations
 
@@ -154,8 +154,16 @@ def test_fsdp2_state_dict_and_detach(one_rank):
     keys = list(model.state_dict())
     fully_shard(model.linear, mesh=init_device_mesh("cpu", (1,)))
     assert list(model.state_dict()) == keys
-    with pytest.raises(mmpeft.errors.Unsupported, match="detach before that"):
-        mmpeft.detach(model)
+    for act, says in (
+        (lambda: mmpeft.detach(model), "detach before that"),
+        (lambda: mmpeft.detach(model, bake=True), "sharded"),
+        (lambda: mmpeft.merge(model), "linear.weight is sharded"),
+        (lambda: mmpeft.stack(model), "linear.weight is sharded"),
+        (lambda: mmpeft.attach(model, {"linear": mmpeft.LoRA(rank=2)}, name="b", check=False), "attach first"),
+    ):
+        with pytest.raises(mmpeft.errors.Unsupported, match=says):
+            act()
+    assert list(model.state_dict()) == keys and mmpeft.active(model) == ("a",)
 
 
 def test_deepcopy_of_the_module_under_ddp_is_independent(one_rank):

@@ -120,7 +120,9 @@ def test_a_closed_gate_is_a_warning(caplog):
 def test_a_key_bias_is_listed_as_invariant(caplog):
     caplog.set_level(logging.INFO, "mmpeft")
     transformers = pytest.importorskip("transformers")
-    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    size = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
     model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size))
     mmpeft.attach(model, {"**.{q,k,v}_proj": mmpeft.BitFit()})
     assert "does not depend on 1 sites" in caplog.text and "k_proj.bias" in caplog.text
@@ -182,7 +184,9 @@ def test_a_second_adapter_is_proved_alone():
     y = model(X)
     values = [p.clone() for d in deltas(model, "a") for p in d.parameters()]
     mmpeft.attach(model, {"2": mmpeft.LoRA(rank=2)}, name="b", example=X)
-    assert all(torch.equal(a, b) for a, b in zip(values, (p for d in deltas(model, "a") for p in d.parameters()), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(values, (p for d in deltas(model, "a") for p in d.parameters()), strict=True)
+    )
     mmpeft.use(model, "a")
     assert torch.equal(model(X), y)
 

@@ -55,10 +55,12 @@ def _hf(model: str, config: str, match: str, **kwargs):
 def _torchaudio():
     torchaudio = pytest.importorskip("torchaudio")
     return torchaudio.models.wav2vec2_model(
-        extractor_mode="group_norm", extractor_conv_layer_config=[(8, 10, 5), (8, 3, 2), (8, 3, 2)], extractor_conv_bias=False,
+        extractor_mode="group_norm", extractor_conv_layer_config=[(8, 10, 5), (8, 3, 2), (8, 3, 2)],
+        extractor_conv_bias=False,
         encoder_embed_dim=16, encoder_projection_dropout=0.0, encoder_pos_conv_kernel=7, encoder_pos_conv_groups=2,
         encoder_num_layers=2, encoder_num_heads=2, encoder_attention_dropout=0.0, encoder_ff_interm_features=24,
-        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False, encoder_layer_drop=0.1, aux_num_out=None,
+        encoder_ff_interm_dropout=0.0, encoder_dropout=0.0, encoder_layer_norm_first=False, encoder_layer_drop=0.1,
+        aux_num_out=None,
     )  # fmt: skip
 
 
@@ -72,13 +74,17 @@ WAV2VEC2 = SMALL | dict(
     num_conv_pos_embeddings=7, num_conv_pos_embedding_groups=2, layerdrop=0.1,
 )  # fmt: skip
 
-# `**` alone is every module; each rule must find sites of its own, so heads that a family never runs are left out by name.
+# `**` alone is every module that has a matrix.
 MODELS = {
     "timm-vit": _timm("vit_tiny_patch16_224", "**", img_size=32, depth=2, embed_dim=32, num_heads=2),
-    "timm-vit-qv": _timm("vit_tiny_patch16_224", "blocks.*.attn.qkv[q,v]", img_size=32, depth=2, embed_dim=32, num_heads=2),
+    "timm-vit-qv": _timm(
+        "vit_tiny_patch16_224", "blocks.*.attn.qkv[q,v]", img_size=32, depth=2, embed_dim=32, num_heads=2
+    ),
     "timm-eva02": _timm("eva02_tiny_patch14_224", "**", img_size=28, depth=2),
     "timm-beit": _timm("beit_base_patch16_224", "**", img_size=32, depth=2, embed_dim=32, num_heads=2),
-    "timm-swin": _timm("swin_tiny_patch4_window7_224", "**", img_size=56, depths=(2, 2), embed_dim=16, num_heads=(2, 2), window_size=7),
+    "timm-swin": _timm(
+        "swin_tiny_patch4_window7_224", "**", img_size=56, depths=(2, 2), embed_dim=16, num_heads=(2, 2), window_size=7
+    ),
     "timm-convnext": _timm("test_convnext", "**"),
     "timm-efficientnet": _timm("test_efficientnet", "**"),
     "open-clip": _open_clip(False, "**"),
@@ -86,26 +92,42 @@ MODELS = {
     "open-clip-qv": _open_clip(False, "**.attn[q,v]"),
     "open-clip-siglip": _open_clip(True, "**"),
     "hf-siglip2": _hf(
-        "Siglip2Model", "Siglip2Config", "**", text_config=TEXT, vision_config=SMALL | dict(patch_size=4, num_patches=16)
+        "Siglip2Model",
+        "Siglip2Config",
+        "**",
+        text_config=TEXT,
+        vision_config=SMALL | dict(patch_size=4, num_patches=16),
     ),
     "hf-siglip": _hf("SiglipModel", "SiglipConfig", "**", text_config=TEXT, vision_config=VISION),
-    "hf-clip": _hf("CLIPModel", "CLIPConfig", "**", text_config=TEXT | dict(eos_token_id=2), vision_config=VISION, projection_dim=8),
+    "hf-clip": _hf(
+        "CLIPModel", "CLIPConfig", "**", text_config=TEXT | dict(eos_token_id=2), vision_config=VISION, projection_dim=8
+    ),
     "hf-dinov2": _hf("Dinov2Model", "Dinov2Config", "**", **VISION),
     "hf-llama": _hf("LlamaForCausalLM", "LlamaConfig", "**", **TEXT, num_key_value_heads=1),
     "hf-llama-tied": _hf("LlamaForCausalLM", "LlamaConfig", "**", **TEXT, tie_word_embeddings=True),
-    "hf-qwen2": _hf("Qwen2ForCausalLM", "Qwen2Config", "model.layers.**.{q,k,v,o,gate,up,down}_proj", **TEXT, num_key_value_heads=1),
+    "hf-qwen2": _hf(
+        "Qwen2ForCausalLM", "Qwen2Config", "model.layers.**.{q,k,v,o,gate,up,down}_proj", **TEXT, num_key_value_heads=1
+    ),
     "hf-gpt2": _hf(
         "GPT2LMHeadModel", "GPT2Config", "**", n_embd=16, n_layer=2, n_head=2, vocab_size=60, n_positions=32
     ),
     "hf-gpt2-qv": _hf(
         "GPT2LMHeadModel", "GPT2Config", "**.c_attn[q,v]", n_embd=16, n_layer=2, n_head=2, vocab_size=60, n_positions=32
     ),
-    "hf-roberta": _hf("RobertaForSequenceClassification", "RobertaConfig", "**", **TEXT | dict(max_position_embeddings=34)),
+    "hf-roberta": _hf(
+        "RobertaForSequenceClassification", "RobertaConfig", "**", **TEXT | dict(max_position_embeddings=34)
+    ),
     "hf-whisper": _hf("WhisperForConditionalGeneration", "WhisperConfig", "**", **WHISPER),
     "hf-wav2vec2": _hf("Wav2Vec2Model", "Wav2Vec2Config", "**", **WAV2VEC2),
     "hf-phi3": _hf("Phi3ForCausalLM", "Phi3Config", "**.qkv_proj[q,v]", **TEXT, num_key_value_heads=1, pad_token_id=0),
     "hf-mixtral": _hf(
-        "MixtralForCausalLM", "MixtralConfig", "**", **TEXT, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        "**",
+        **TEXT,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
     ),
     "torchaudio-wav2vec2": (_torchaudio, "**"),
 }

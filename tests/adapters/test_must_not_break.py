@@ -1,4 +1,4 @@
-"""What a property in place of the weight could break, each with a non-zero adapter (every line of the design's list)."""
+"""What a property in place of the weight could break, each with a non-zero adapter (each line of the design's list)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _llama(**kwargs):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-# --- bare: code that wants the stored base -------------------------------------------------------------------------------
+# --- bare: code that wants the stored base ----------------------------------------------------------------------------
 
 
 def test_get_parameter_under_bare():
@@ -83,7 +83,7 @@ def test_in_place_initialisation_under_bare_and_not():
         assert not model.qkv._parameters["weight"].any() and not torch.equal(model(x), y)
 
 
-# --- reads of the weight -------------------------------------------------------------------------------------------------
+# --- reads of the weight ----------------------------------------------------------------------------------------------
 
 
 def test_mha_forms_its_weight_once_a_forward_without_gradients(monkeypatch):
@@ -102,6 +102,39 @@ def test_mha_forms_its_weight_once_a_forward_without_gradients(monkeypatch):
         mmpeft.use(model, None)
         model(x)
         assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["mha", "mha-kdim", "lstm"])
+def test_a_call_forms_its_weight_once_with_gradients_too(name, monkeypatch):
+    """So a method that draws at random draws once a forward, though the owner reads its weight several times."""
+    model, x, _ = build(BY_NAME[name], "lora")
+    fill(model)
+    calls = []
+    apply = slot_module.apply
+    monkeypatch.setattr(slot_module, "apply", lambda w, d: calls.append(d) or apply(w, d))
+    for i in (1, 2):
+        model(x).sum().backward()
+        assert sorted(map(id, calls)) == sorted(list(map(id, deltas(model))) * i)
+
+
+def test_forward_keeps_its_signature():
+    import inspect
+
+    model = _llama()
+    plain = [inspect.signature(m.forward) for m in model.modules()]
+    mmpeft.attach(model, {"**": mmpeft.LoRA(rank=2), "**.*norm": mmpeft.LayerNormTuning()})
+    assert [inspect.signature(m.forward) for n, m in model.named_modules() if "_adapters" not in n] == plain
+
+
+def test_calls_by_keyword_are_factored_too():
+    x = torch.randn(2, 3, 5)
+    model = Host(nn.Linear(5, 7), 5)
+    mmpeft.attach(model, {"site": mmpeft.LoRA(rank=2, dropout=0.5)}, example=x)
+    fill(model, "default")
+    model.eval()
+    assert torch.equal(model.site(input=x), model.site(x))
+    model.train()
+    assert not torch.equal(model.site(input=x), model.site(input=x))
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
@@ -162,7 +195,7 @@ def test_an_attribute_error_in_a_method_is_not_taken_for_the_base(monkeypatch):
         model(x)
 
 
-# --- half precision ------------------------------------------------------------------------------------------------------
+# --- half precision ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,7 +233,7 @@ def test_bf16_factored_keeps_small_deltas_that_w_plus_delta_loses():
     assert (read - exact).norm() > 1.2 * (called - exact).norm()
 
 
-# --- dropout -------------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +251,9 @@ def test_dropout_is_refused_where_the_weight_is_formed(make, match, method):
     model = make()
     with pytest.raises(ConfigError, match="dropout.*site.*no activation can be dropped"):
         mmpeft.attach(model, {match: method(rank=1, dropout=0.1)}, check=False)
-    assert type(model).__dict__.get("_mmpeft_spec") is None and not any("_adapters" in n for n, _ in model.named_modules())
+    assert type(model).__dict__.get("_mmpeft_spec") is None and not any(
+        "_adapters" in n for n, _ in model.named_modules()
+    )
 
 
 def test_dropout_is_refused_for_dora_on_a_convolution_and_allowed_for_lora():
@@ -235,15 +270,11 @@ def test_dropout_is_refused_for_dora_on_a_convolution_and_allowed_for_lora():
 
 
 def test_dropout_is_refused_where_liveness_finds_that_a_linear_is_only_read():
-    for dropout in (0.0, 0.1):
-        model = DirectRead()
-        call = lambda: mmpeft.attach(model, {"qkv[q]": mmpeft.LoRA(rank=2, dropout=dropout)}, example=torch.randn(2, 3, 6))  # noqa: B023, E731
-        if not dropout:
-            call()
-            continue
-        with pytest.raises(ConfigError, match=r"dropout at qkv.weight\[q\]: the model reads this weight without calling"):
-            call()
-        assert type(model) is DirectRead and all(p.requires_grad for p in model.parameters())
+    model, x = DirectRead(), torch.randn(2, 3, 6)
+    with pytest.raises(ConfigError, match=r"dropout at qkv.weight\[q\]: the model reads this weight without calling"):
+        mmpeft.attach(model, {"qkv[q]": mmpeft.LoRA(rank=2, dropout=0.1)}, example=x)
+    assert type(model) is DirectRead and all(p.requires_grad for p in model.parameters())
+    mmpeft.attach(model, {"qkv[q]": mmpeft.LoRA(rank=2)}, example=x)
 
 
 def test_dropout_is_refused_on_eva02():
@@ -266,7 +297,7 @@ def test_a_composition_that_has_to_be_materialised_refuses_dropout_in_training()
         model(x)
 
 
-# --- the base ------------------------------------------------------------------------------------------------------------
+# --- the base ---------------------------------------------------------------------------------------------------------
 
 
 def test_running_statistics_do_not_move():
@@ -304,18 +335,19 @@ def test_attach_leaves_random_state_buffers_and_gradients_alone():
     def draw():
         return torch.rand(3).tolist(), random.random(), float(np.random.rand())
 
+    drawn = []
     for attached in (False, True):
         torch.manual_seed(5), random.seed(5), np.random.seed(5)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
-        state = torch.get_rng_state()
         if attached:
-            mmpeft.attach(model, {"0": mmpeft.IA3(), "1": "full"}, example=torch.randn(3, 4, generator=torch.Generator()))
+            state = torch.get_rng_state()
+            plan = {"0": mmpeft.IA3(), "1": "full"}
+            mmpeft.attach(model, plan, example=torch.randn(3, 4, generator=torch.Generator()))
             assert torch.equal(torch.get_rng_state(), state)
             assert int(model[1].num_batches_tracked) == 0 and not model[1].running_mean.any()
             assert all(p.grad is None for p in model.parameters())
-        drawn = draw()
-        first = drawn if not attached else first
-    assert drawn == first
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
 
 
 def test_containers_hide_the_slot():

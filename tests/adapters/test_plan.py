@@ -50,9 +50,21 @@ def sites(plan, model=None):
     return [t.site.name for t in resolve(model or Tiny(2), Plan.read(plan))]
 
 
-# --- what a pattern means ------------------------------------------------------------------------------------------------
+# --- what a pattern means ---------------------------------------------------------------------------------------------
 
-PATHS = ["a", "a.b", "a.b.c", "a.x.c", "a.b.x.c", "b.c", "layers.0.q", "layers.1.q", "layers.10.q", "layers.1.k", "head"]
+PATHS = [
+    "a",
+    "a.b",
+    "a.b.c",
+    "a.x.c",
+    "a.b.x.c",
+    "b.c",
+    "layers.0.q",
+    "layers.1.q",
+    "layers.10.q",
+    "layers.1.k",
+    "head",
+]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +133,11 @@ def test_plan_forms_are_one_plan(tmp_path):
     from_file = Plan.read(tmp_path / "plan.yaml")
     as_list = Plan.read(
         [
-            {"match": "blocks.*.attn.qkv[q,v]", "method": {"class_path": "mmpeft.LoRA", "init_args": {"rank": 2}}, "lr": "1e-3"},
+            {
+                "match": "blocks.*.attn.qkv[q,v]",
+                "method": {"class_path": "mmpeft.LoRA", "init_args": {"rank": 2}},
+                "lr": "1e-3",
+            },
             {"match": "head", "train": "full", "weight_decay": 0.05},
         ]
     )
@@ -130,7 +146,7 @@ def test_plan_forms_are_one_plan(tmp_path):
     assert Plan.read({"head": "full"}) == Plan.read([{"match": "head", "train": "full"}])
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,8 +257,8 @@ def test_roles_are_the_right_rows():
 def test_grouped_query_attention_slices():
     transformers = pytest.importorskip("transformers")
     config = transformers.Phi3Config(
-        vocab_size=20, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0,
+        vocab_size=20, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     targets = resolve(transformers.Phi3ForCausalLM(config), Plan.read({"**.qkv_proj[q,k,v]": LORA}))
     assert [t.site.rows for t in targets] == [(0, 32), (32, 48), (48, 64)]

@@ -1,4 +1,4 @@
-"""Properties of every weight method at every kind of site, all adapter tensors random (a zero factor hides a broken one)."""
+"""Properties of every weight method at every kind of site, all adapter tensors random (zeros would hide bugs)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stack: many adapters behind one index tensor, so that a compiled model switches among them without compiling again."""
+"""stack: many adapters behind one index tensor, so a compiled model switches among them without compiling again."""
 
 from __future__ import annotations
 
@@ -123,7 +123,12 @@ def test_64_mixed_batches_cost_one_compilation():
 
     model = Mlp().eval()
     x = torch.randn(4, 3, 6)
-    plans = [{"*": mmpeft.LoRA(rank=2)}, {"one": mmpeft.DoRA(rank=3)}, {"two": mmpeft.VeRA(rank=5)}, {"*": mmpeft.IA3()}]
+    plans = [
+        {"*": mmpeft.LoRA(rank=2)},
+        {"one": mmpeft.DoRA(rank=3)},
+        {"two": mmpeft.VeRA(rank=5)},
+        {"*": mmpeft.IA3()},
+    ]
     names = [f"t{i}" for i in range(8)]
     for i, name in enumerate(names):
         mmpeft.attach(model, plans[i % 4], name=name, example=x)

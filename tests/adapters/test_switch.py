@@ -1,4 +1,4 @@
-"""use, trainable, merge, detach, rows: three independent things, each exact, each refused by name where it cannot work."""
+"""use, trainable, merge, detach, rows: three independent things, each exact, each refused where it cannot work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def two(plan_a, plan_b, model=None, x=X):
 LORA = {"{one,two}": mmpeft.LoRA(rank=2)}
 
 
-# --- use -----------------------------------------------------------------------------------------------------------------
+# --- use --------------------------------------------------------------------------------------------------------------
 
 
 def test_use_acts_at_once_and_restores_on_exit():
@@ -139,7 +139,7 @@ def test_parts_adapted_apart_are_not_switched_half():
         mmpeft.use(model, None)
 
 
-# --- trainable, parameter groups -----------------------------------------------------------------------------------------
+# --- trainable, parameter groups --------------------------------------------------------------------------------------
 
 
 def test_trainability_is_independent_of_activity():
@@ -172,7 +172,11 @@ def test_parameter_groups_follow_rules_and_ratios():
     ]
     mmpeft.attach(model, plan, example=X)
     groups = mmpeft.parameter_groups(model, lr=0.5)
-    assert {(g["lr"], g["weight_decay"], len(g["params"])) for g in groups} == {(0.01, 0.0, 1), (0.16, 0.0, 1), (0.5, 0.1, 2)}
+    assert {(g["lr"], g["weight_decay"], len(g["params"])) for g in groups} == {
+        (0.01, 0.0, 1),
+        (0.16, 0.0, 1),
+        (0.5, 0.1, 2),
+    }
     assert sum(p.numel() for g in groups for p in g["params"]) == 2 * (6 + 5) + 5 * 4 + 4
     torch.optim.AdamW(groups)
     mmpeft.trainable(model, [])
@@ -188,12 +192,14 @@ def test_only_adapters_move_under_an_optimiser_step():
     model(X).square().sum().backward()
     optimizer.step()
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if "_adapters" not in n)
-    assert all(torch.equal(p, q) for p, q in zip(mine, (p for d in deltas(model, "a") for p in d.parameters()), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(mine, (p for d in deltas(model, "a") for p in d.parameters()), strict=True)
+    )
     mmpeft.detach(model)
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
 
 
-# --- merge ---------------------------------------------------------------------------------------------------------------
+# --- merge ------------------------------------------------------------------------------------------------------------
 
 
 def test_merging_twice_while_merged_and_without_adapters_is_refused():
@@ -263,7 +269,7 @@ def test_detaching_one_adapter_keeps_the_others_modes():
     assert not model.two.training and mmpeft.active(model) == ()
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,9 +304,21 @@ def test_a_mixed_batch_equals_single_runs(plan_a, plan_b):
     ("make", "plan", "x", "site", "why"),
     [
         (DirectRead, {"qkv[q]": mmpeft.LoRA(rank=2)}, torch.randn(2, 3, 6), r"qkv.weight\[q\]", "read without a call"),
-        (Attention, {"site[q]": mmpeft.LoRA(rank=2)}, torch.randn(2, 3, 8), "site.in_proj_weight", "one for the whole batch"),
+        (
+            Attention,
+            {"site[q]": mmpeft.LoRA(rank=2)},
+            torch.randn(2, 3, 8),
+            "site.in_proj_weight",
+            "one for the whole batch",
+        ),
         (TwoLayers, {"one": "full"}, X, "one.weight", "full cannot differ"),
-        (lambda: Host(nn.Conv2d(4, 6, 3)), {"site": mmpeft.LoRA(rank=2)}, torch.randn(2, 4, 5, 5), "site.weight", "Conv2d"),
+        (
+            lambda: Host(nn.Conv2d(4, 6, 3)),
+            {"site": mmpeft.LoRA(rank=2)},
+            torch.randn(2, 4, 5, 5),
+            "site.weight",
+            "Conv2d",
+        ),
         (lambda: Host(nn.LayerNorm(6)), {"site": mmpeft.LayerNormTuning()}, X, "site.weight", "LayerNorm"),
     ],
 )

@@ -115,6 +115,32 @@ def test_head_on_supervised_rows_only(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_dropout_masks_agree_between_forward_and_backward(backend, device):
+    """Loss and gradients equal autograd's with the same masks: seed + 8 (4 block + group) + member."""
+    model, found = llama(device)
+    fused = fuse.from_model(model, found, dropout=0.3)
+    ids = torch.randint(0, 101, (2, 9), device=device)
+    masters = [t for a in found.values() for t in (a.A, a.B)]
+    seed = fused.seed.clone()
+    loss = fused.loss(ids, ids)
+    ours = torch.autograd.grad(loss, masters)
+    assert fused.seed != seed and fused.loss(ids, ids) != loss  # the next forward draws other masks
+    place = {
+        "q_proj": (0, 0), "k_proj": (0, 1), "v_proj": (0, 2), "o_proj": (1, 0),
+        "gate_proj": (2, 0), "up_proj": (2, 1), "down_proj": (3, 0),
+    }  # fmt: skip
+    for name, a in found.items():
+        m, (group, member) = model.get_submodule(name), place[name.split(".")[-1]]
+        at = seed + 8 * (4 * int(name.split(".")[2]) + group) + member
+        m.forward = lambda x, m=m, a=a, at=at: reference.lowrank_linear(
+            x, m.weight, m.bias, a.A, a.B, a.scale, dropout_p=0.3, seed=at
+        )
+    want = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    for a, b in zip(ours, torch.autograd.grad(want, masters), strict=True):
+        assert (a - b).norm() <= 5e-4 * b.norm() + 1e-7
+
+
 def test_gradients_accumulate_and_the_tape_is_used_once(device):
     model, found = llama(device)
     fused = fuse.from_model(model, found)
@@ -149,6 +175,8 @@ def test_train_step_follows_torch_adamw(backend, device):
         theirs.append(loss.item())
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-4, atol=0)
     assert ours[-1] < ours[0] - 0.1
+    with pytest.raises(ConfigError, match=r"this step was made for \(2, 9\)"):
+        step(ids[:1], ids[:1])
 
 
 def learnable(device, steps, batch=4, length=16):
@@ -231,6 +259,8 @@ def test_what_does_not_fit_is_refused_with_its_reason(device):
     trainable.model.layers[1].input_layernorm.weight.requires_grad_()
     with pytest.raises(Unsupported, match="model.layers.1.input_layernorm.weight requires a gradient"):
         fuse.from_model(trainable, found)
+    with pytest.raises(ConfigError, match="expected 0 <= dropout < 1"):
+        fuse.from_model(*llama(device), dropout=1.0)
     qwen3, found = llama(device, "Qwen3", head_dim=16)
     with pytest.raises(Unsupported, match="parameters that a Llama block has not: self_attn.q_norm"):
         fuse.from_model(qwen3, found)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from mmpeft.data.demos.frames import FrameCache
 from mmpeft.data.demos.store import DemoFolder, Episode
-from mmpeft.errors import ConfigError, FileFormatError
+from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest
 
 
 class Demonstrations(Dataset[dict[str, Any]]):
@@ -29,7 +29,8 @@ class Demonstrations(Dataset[dict[str, Any]]):
 
     Args:
         folders: one or several, with equal action and state sizes. chunk: actions a sample.
-        views, image_size, shift: as of `make_env`; views=() gives no pictures (state and blind policies).
+        views, image_size, shift: as of `make_env`; views=() gives no pictures (state and blind policies). Of imported data,
+            `views` picks among the pictures that came with it.
         episodes: use only the first so many of each folder (by seed).
         wording: None keeps the recorded instruction; "canonical", "train" or "heldout" asks `sentences.py` (Metaworld only).
         every: a sample at every so-manieth step.
@@ -115,16 +116,28 @@ class Demonstrations(Dataset[dict[str, Any]]):
             ConfigError: the dataset was made without views. FileFormatError: pictures of another length than the episode.
         """
         where, episode = self.episodes[number]
-        if "images" in episode.arrays:
-            return episode["images"]
         if self._pictures is None:
             raise ConfigError("these demonstrations were opened without views")
-        if where not in self._caches:
-            self._caches[where] = FrameCache(self.stores[where], **self._pictures)
-        found = self._caches[where][episode.seed]
+        store = self.stores[where]
+        if store.imported_views:
+            found = self._chosen(store, store.imported(episode.seed))
+        else:
+            if where not in self._caches:
+                self._caches[where] = FrameCache(store, **self._pictures)
+            found = self._caches[where][episode.seed]
         if len(found) != len(episode):
             raise FileFormatError(f"{self.stores[where].path}: {len(found)} pictures for {len(episode)} steps of seed {episode.seed}")
         return found
+
+    def _chosen(self, store: DemoFolder, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The asked-for views out of imported pictures."""
+        assert self._pictures is not None
+        views, known = self._pictures["views"], store.imported_views
+        names = [views] if isinstance(views, str) else list(views)
+        for name in names:
+            if name not in known:
+                raise NameNotFound(f"{store.path} came with pictures {', '.join(known)}, not {name!r}{nearest(str(name), known)}")
+        return pictures if tuple(names) == known else pictures[:, [known.index(n) for n in names]]
 
     def render(self) -> Demonstrations:
         """Render every missing picture now, and free the simulators: afterwards worker processes only read files."""
@@ -141,7 +154,9 @@ class Demonstrations(Dataset[dict[str, Any]]):
     def describe(self) -> Mapping[str, Any]:
         """`describe()` of the environment the samples look like; goes into the adapter, checked by `rollout`."""
         described = dict(self.stores[0].description["describe"])
-        if self._pictures is not None and "images" not in self.episodes[0][1].arrays:
+        if self._pictures is not None and self.stores[0].imported_views:
+            return {**described, "images": list(self.pictures(0).shape[1:]), "views": list(self._pictures["views"])}
+        if self._pictures is not None:
             if 0 not in self._caches:
                 self._caches[0] = FrameCache(self.stores[0], **self._pictures)
             described = self._caches[0]._env.describe()

@@ -9,7 +9,6 @@ Where a simulator has no states to restore, the recorded actions are replayed in
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpeft.data.demos.record import check_replay
-from mmpeft.data.demos.store import DemoFolder, Episode, atomic_write
+from mmpeft.data.demos.store import DemoFolder, Episode, open_pictures, write_pictures
 from mmpeft.errors import ConfigError
 
 log = logging.getLogger("mmpeft")
@@ -52,12 +51,10 @@ class FrameCache:
     def __getitem__(self, seed: int) -> NDArray[np.uint8]:
         """[T, N, H, W, 3] of an episode; rendered if it is not there, or if its file is damaged."""
         path = self.folder / f"{seed:010d}.npy"
-        found = _open(path)
+        found = open_pictures(path)
         if found is None or found.shape[1:] != self.shape:
-            buffer = io.BytesIO()
-            np.save(buffer, self.render(self.store.read(seed)))
-            atomic_write(path, buffer.getvalue())
-            found = _open(path)
+            write_pictures(path, self.render(self.store.read(seed)))
+            found = open_pictures(path)
             assert found is not None
         return found
 
@@ -79,8 +76,6 @@ class FrameCache:
             ReplayMismatch: a recording without simulator states that does not replay.
         """
         env = self._env
-        if "images" in episode.arrays:
-            raise ConfigError(f"{self.store.path} came with pictures of its own; they cannot be rendered anew")
         pictures = np.empty((len(episode), *self.shape), np.uint8)
         if "snapshot" in episode.arrays:
             env.begin(episode.seed)  # places what is no state but model: the goal, a wall, the looks of the day
@@ -98,15 +93,6 @@ class FrameCache:
     def close(self) -> None:
         """Free the simulator and its OpenGL context."""
         self._env.close()
-
-
-def _open(path: Path) -> NDArray[np.uint8] | None:
-    """The memory-mapped array, or None where the file is missing or damaged."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.ndim == 5 and array.dtype == np.uint8 else None
 
 
 def _name(described: Mapping[str, Any]) -> str:

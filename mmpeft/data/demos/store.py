@@ -3,6 +3,7 @@
     demos/push/demos.json                    environment, options, noise, versions
     demos/push/episode-00000007.safetensors  seed 7: arrays below, instruction and a checksum in the header
     demos/push/frames/<digest>/...           rendered pictures; may be deleted at any time
+    demos/push/frames/imported/...           pictures that came with data of another format and cannot be rendered anew
 
 An episode is complete by itself, so whatever kills a recording, the episodes before stay readable. Files are never unpickled.
 """
@@ -10,9 +11,9 @@ An episode is complete by itself, so whatever kills a recording, the episodes be
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest
 
 FORMAT = "mmpeft.demos/1"
 Array = NDArray[Any]
-#: array of an episode -> (dtype, number of axes, its first axis is T or T + 1); `snapshot` and `images` may be missing
+#: array of an episode -> (dtype, number of axes, its first axis is T or T + 1); `snapshot` may be missing
 ARRAYS: dict[str, tuple[str, int, int]] = {
     "state": ("float32", 2, 0),  # [T, S] proprioception before each action
     "action": ("", 0, 0),  # [T, A] float32 the expert's clean answer, or int64 [T]
@@ -33,7 +34,6 @@ ARRAYS: dict[str, tuple[str, int, int]] = {
     "reward": ("float32", 1, 0),  # [T]
     "success": ("bool", 1, 0),  # [T] after each action
     "snapshot": ("float64", 2, 1),  # [T + 1, D] simulator state before each action, and at the end
-    "images": ("uint8", 5, 0),  # [T, N, H, W, 3] only where they came with the data and cannot be rendered
 }
 _NEEDED = ("state", "action", "executed", "reward", "success")
 
@@ -84,16 +84,15 @@ class Episode:
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_episode(path: Path, episode: Episode) -> None:
@@ -201,8 +200,41 @@ class DemoFolder:
         """
         return read_episode(self.file(seed))
 
+    @property
+    def imported_views(self) -> tuple[str, ...]:
+        """Names of the pictures that came with the data, or none."""
+        return tuple(self.description.get("imported_views", ()))
+
+    def imported(self, seed: int) -> Array:
+        """Pictures [T, N, H, W, 3] that came with an episode, memory-mapped.
+
+        Raises:
+            FileFormatError: missing or damaged.
+        """
+        path = self.path / "frames" / "imported" / f"{seed:010d}.npy"
+        found = open_pictures(path)
+        if found is None:
+            raise FileFormatError(f"{path} is missing or damaged; import the data again")
+        return found
+
     def add(self, episode: Episode) -> Path:
         """Write an episode; the file of its seed is replaced."""
         path = self.file(episode.seed)
         write_episode(path, episode)
         return path
+
+
+def write_pictures(path: Path, pictures: Array) -> None:
+    """Write pictures uint8 [T, N, H, W, 3] as .npy, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pictures))
+    atomic_write(path, buffer.getvalue())
+
+
+def open_pictures(path: Path) -> Array | None:
+    """The memory-mapped pictures, or None where the file is missing, cut short or something else."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.ndim == 5 and array.dtype == np.uint8 else None

@@ -119,8 +119,7 @@ class MetaworldEnv(RobotEnv):
         return self.renderer.draw(self.sim.data, self.views[0] if self.views else View("corner2"), size)
 
     def snapshot(self) -> Array:
-        mujoco = require("mujoco", "robot")
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco, kind = _state_kind()
         state = np.empty(mujoco.mj_stateSize(self.sim.model, kind))
         mujoco.mj_getState(self.sim.model, self.sim.data, state, kind)
         return state
@@ -131,8 +130,7 @@ class MetaworldEnv(RobotEnv):
         Raises:
             ConfigError: a state of another size.
         """
-        mujoco = require("mujoco", "robot")
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco, kind = _state_kind()
         size = mujoco.mj_stateSize(self.sim.model, kind)
         if np.shape(state) != (size,):
             raise ConfigError(f"{self.name} has a state of {size} numbers, got shape {np.shape(state)}")
@@ -155,3 +153,11 @@ def _simulator(task: str) -> Any:
     sim.__dict__.pop("sawyer_observation_space", None)  # cached with a goal range of 0, to which the goal would be clipped
     sim._freeze_rand_vec, sim.seeded_rand_vec, sim._set_task_called = False, True, True
     return sim
+
+
+def _state_kind() -> tuple[Any, int]:
+    """MuJoCo, and the parts of its state that decide what happens next: forces from outside are never applied here."""
+    mujoco = require("mujoco", "robot")
+    kinds = mujoco.mjtState
+    parts = (kinds.mjSTATE_FULLPHYSICS, kinds.mjSTATE_CTRL, kinds.mjSTATE_MOCAP_POS, kinds.mjSTATE_MOCAP_QUAT, kinds.mjSTATE_WARMSTART)
+    return mujoco, sum(int(p) for p in parts)

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
+from mmpeft.policies.parts import Part
 
 
-class Head(nn.Module):
+class Head(Part):
     """Base class of the action heads; subclasses write `_build`, `_loss` and `predict`.
 
     Attributes:
@@ -96,6 +97,10 @@ class Head(nn.Module):
     def facts(self) -> dict[str, Any]:
         """What `fit` learned, as JSON data: it is kept in the adapter's metadata."""
         return {}
+
+    def facts_differ(self, facts: Mapping[str, Any]) -> bool:
+        """Whether these are other facts than the head works with now."""
+        return False
 
     def set_facts(self, facts: Mapping[str, Any]) -> None:
         """Take up what `facts` gave; raises FileFormatError if something is missing."""

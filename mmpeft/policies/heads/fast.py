@@ -54,6 +54,9 @@ class FASTHead(Head):
     def facts(self) -> dict[str, Any]:
         return {"fast": self._tokens().to_dict()}
 
+    def facts_differ(self, facts: Mapping[str, Any]) -> bool:
+        return self.tokeniser is None or self.tokeniser.to_dict() != facts.get("fast")
+
     def set_facts(self, facts: Mapping[str, Any]) -> None:
         if "fast" not in facts:
             raise FileFormatError("the adapter's head lacks 'fast', the tokeniser that its actions are written in")

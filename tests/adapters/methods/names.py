@@ -11,6 +11,8 @@ WHERE = {
     "DiffFit": "DiffFit",
     "LoFiT": "LoFiT",
     "RED": "RED",
+    "RepE": "RepE",
+    "ITI": "ITI",
     "TAAS-Net": "TAAS-Net",
     # selective, unstructured
     "Generic selective rule": "Generic selective rule",
@@ -18,6 +20,10 @@ WHERE = {
     "Adafish": "Adafish",
     "Diff pruning": "DiffPruning",
     "U-BitFit": "UBitFit",
+    "S-BitFit": "S-BitFit",
+    "FISH-DIP": "FISH-DIP",
+    "HFT": "HFT",
+    "SPT": "SPT",
     "BitFit": "BitFit",
     "LT-SFT": "LTSFT",
     "RAND-SFT": "TA-only, RAND-SFT",
@@ -33,6 +39,7 @@ WHERE = {
     "FAR": "FAR",
     "Xattn tuning": "Xattn tuning",
     "SURM": "SURM",
+    "X-PEFT": "XPEFT",
     "NEFT": "NEFT",
     "Linear probing": "Linear probing, head-tuning, Partial-1, FT-Top2, decoder-only",
     "Relative-bias tuning": "Relative-bias tuning, bias tuning of detectors",
@@ -56,6 +63,7 @@ WHERE = {
     "Kernel-mix": "KernelMix",
     "FacT-TT": "FacTTT",
     "FacT-TK": "FacTTK",
+    "EFFT": "EFFT",
     "OFT": "OFT",
     "BOFT": "BOFT",
     "HRA": "HRA",
@@ -84,10 +92,10 @@ WHERE = {
 }
 
 PENDING = (
-    "AttnScale", "eTT", "PEDRO", "ITI", "RepE",
-    "FISH-IRD", "FISH-DIP", "S-BitFit", "U-MaM", "S-MaM", "SpIEL-MA", "SAM", "HFT", "SH-PEFT", "SPT",
-    "X-PEFT", "IST",
-    "EFFT", "ReLoRA", "DnA",
+    "AttnScale", "eTT", "PEDRO",
+    "FISH-IRD", "U-MaM", "S-MaM", "SpIEL-MA", "SAM", "SH-PEFT",
+    "IST",
+    "ReLoRA", "DnA",
     "DyLoRA", "AdaLoRA", "SoRA", "CapaBoost", "AutoLoRA", "IncreLoRA",
     "Laplace-LoRA", "LoRA Dropout", "PeriodicLoRA", "Trans-LoRA", "SVDQuant", "IVON-LoRA",
 )  # fmt: skip

@@ -508,3 +508,8 @@ def build(name: str, place: Place, adapter: str = "a", **kwargs: Any) -> tuple[n
 def weight_delta(model: nn.Module, adapter: str = "a") -> Any:
     """The delta on the first matrix."""
     return next(d for d in deltas(model, adapter) if "bias" not in d.site.tensor)
+
+
+from rows_rank import RANK_ROWS  # noqa: E402  (rows of further families; they use `Row` from here)
+
+ROWS.update(RANK_ROWS)

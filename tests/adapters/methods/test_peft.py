@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 from cases import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from table import INTO, OUT
 from torch import nn
 
@@ -198,38 +200,102 @@ SITES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "config", "read", "site"), CASES)
 def test_the_same_tensors_give_the_same_weight_and_output(method, config, read, site):
+    same_weight(method, config(), read, *SITES[site])
+
+
+def same_weight(method, config, read, make, shape):
     torch.manual_seed(0)
-    make, shape = SITES[site]
     base = nn.Sequential(make())
     x = torch.randn(shape)
     ours = nn.Sequential(make())
     ours.load_state_dict(base.state_dict())
-    settings = config()
-    settings.target_modules = ["0"]
+    config.target_modules = ["0"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(base, settings).eval()
+        theirs = peft.get_peft_model(base, config).eval()
     layer = theirs.base_model.model[0]
     with torch.no_grad():
         for n, p in layer.named_parameters():
             if "base_layer" not in n and p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.2)
         expected = theirs(x)
-        given = read(layer)
+        tensors = read(layer)
         mmpeft.attach(ours, {"0.weight": method}, example=x)
         delta = next(d for d in ours[0]._adapters.modules() if hasattr(d, "trained"))
-        assert set(delta.trained) <= set(given), "every trained tensor comes from PEFT"
-        for n, t in given.items():
+        assert set(delta.trained) <= set(tensors), "every trained tensor comes from PEFT"
+        for n, t in tensors.items():
             assert delta._parameters[n].shape == t.shape, n
             delta._parameters[n].copy_(t)
-        assert close(ours(x), expected)
+        assert close(ours(x), expected, 2e-5)
         layer.merge()
-        assert close(ours[0].weight, layer.base_layer.weight)
+        assert close(ours[0].weight, layer.base_layer.weight, 2e-5)
     trained = sum(delta._parameters[n].numel() for n in delta.trained)
     theirs_count = sum(p.numel() for n, p in layer.named_parameters() if p.requires_grad)
     assert trained == theirs_count or isinstance(
         method, mmpeft.BOFT
-    )  # PEFT's BOFT trains whole blocks, and uses their skew part
+    )  # PEFT's trains whole blocks, and uses their skew part
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    which=st.integers(0, 9),
+    sides=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    b=st.sampled_from([1, 2, 3, 4]),
+    r=st.integers(1, 4),
+    alpha=st.integers(1, 9),
+    bias=st.booleans(),
+)
+def test_sampled_sizes_ranks_and_scales_agree_with_peft(which, sides, b, r, alpha, bias):
+    out, into = 2 * b * sides[0], 2 * b * sides[1]
+    method, config, read = SAMPLED[which](min(r, out, into), alpha, b)
+    same_weight(method, config, read, lambda: nn.Linear(into, out, bias=bias), (3, into))
+
+
+SAMPLED = [
+    lambda r, a, b: (mmpeft.LoHa(rank=r, alpha=a), peft.LoHaConfig(r=r, alpha=a, init_weights=False), loha),
+    lambda r, a, b: (
+        mmpeft.LoKr(rank=r, alpha=a, decompose_both=a % 2 == 0),
+        peft.LoKrConfig(r=r, alpha=a, decompose_both=a % 2 == 0, init_weights=False),
+        lokr,
+    ),
+    lambda r, a, b: (
+        mmpeft.GraLoRA(rank=2 * (r // 2) or 2, k=2, alpha=a),
+        peft.GraloraConfig(r=2 * (r // 2) or 2, gralora_k=2, alpha=a, init_weights=False),
+        gralora,
+    ),
+    lambda r, a, b: (
+        mmpeft.C3A(block_size=b),
+        peft.C3AConfig(block_size=b, init_weights="gaussian"),
+        lambda m: {"w": m.c3a_kernel["default"]},
+    ),
+    lambda r, a, b: (
+        mmpeft.MiSS(rank=r),
+        peft.MissConfig(r=r, init_weights=False),
+        lambda m: {"D": m.miss_block["default"].mT},
+    ),
+    lambda r, a, b: (mmpeft.HiRA(rank=r), peft.HiraConfig(r=r, init_weights=False), lambda m: lora_like(m, "hira")),
+    lambda r, a, b: (
+        mmpeft.DeLoRA(rank=r, lam=float(a)),
+        peft.DeloraConfig(r=r, delora_lambda=a, init_weights=False),
+        delora,
+    ),
+    lambda r, a, b: (
+        mmpeft.RandLoRA(rank=r, alpha=a),
+        peft.RandLoraConfig(r=r, randlora_alpha=a, init_weights=False),
+        randlora,
+    ),
+    lambda r, a, b: (
+        mmpeft.BOFT(block_size=2 * b, m=1),
+        peft.BOFTConfig(boft_block_size=2 * b, init_weights=False),
+        boft,
+    ),
+    lambda r, a, b: (
+        mmpeft.OFT(block_size=2 * b),
+        peft.OFTConfig(r=0, oft_block_size=2 * b, use_cayley_neumann=False, init_weights=False),
+        lambda m: {"Q": m.oft_R["default"].weight},
+    ),
+]
 
 
 def test_kronecker_splits_are_pefts():

@@ -292,6 +292,59 @@ def test_diff_gates_need_a_diff_pruning_adapter():
         mmpeft.DiffGates(model)
 
 
+def test_fish_dip_masks_all_but_the_worst_samples_largest_fisher_entries():
+    model, (x, y) = net(), data()
+    parameters = list(model.parameters())
+    with pytest.raises(ConfigError, match="update"):
+        sparsify.WorstSamples(parameters, density=0.1, worst=2)()
+    mask = sparsify.WorstSamples(parameters, density=0.1, worst=2)
+    made = losses(model, x, y)
+    order = sorted(range(8), key=lambda i: -made[i]().item())
+    assert mask.update(made) == order[:2]
+    fisher = sum(
+        torch.cat([g.flatten() for g in torch.autograd.grad(made[i](), parameters)]).square() for i in order[:2]
+    )
+    expected = set(fisher.topk(round(0.1 * len(fisher))).indices.tolist())
+    F.cross_entropy(model(x), y).backward()
+    mask()
+    assert set(torch.cat([p.grad.flatten() for p in parameters]).nonzero().flatten().tolist()) == expected
+
+
+def test_placement_keeps_the_sites_that_matter():
+    model, (x, y) = net(), data()
+    with torch.no_grad():
+        model[0].weight *= 1e-3
+    made = losses(model, x, y)
+    plan = mmpeft.place(model, {"{0,2}": mmpeft.LoRA(rank=2)}, made, by="sensitivity", share=0.5)
+    assert [rule.match for rule in plan.rules] == ["2.weight"] and plan.rules[0].methods == (mmpeft.LoRA(rank=2),)
+    biases = mmpeft.place(model, {"{0,2}": mmpeft.BitFit()}, made, share=0.5)  # S-BitFit
+    assert len(biases.rules) == 1 and biases.rules[0].match in ("0.bias", "2.bias")
+    half = mmpeft.place(model, {"{0,2}": "full"}, by="random", share=0.5, seed=3)  # HFT
+    assert len(half.rules) == 2 and all(rule.train == "full" for rule in half.rules)
+    mmpeft.attach(model, plan, name="a", example=x)
+    assert [d.site.name for d in deltas(model)] == ["2.weight"]
+    with pytest.raises(ConfigError, match="share 0"):
+        mmpeft.place(model, {"{0,2}": mmpeft.LoRA(rank=2)}, made, share=0.0)
+
+
+def test_spt_gives_lora_where_sensitive_weights_are_dense_and_entries_elsewhere():
+    model, (x, y) = net(), data()
+    made = losses(model, x, y)
+    evidence = gather(model, made)
+    scores = {n: criteria.criterion("fisher")(e) for n, e in evidence.items()}
+    best = criteria.top(scores, round(0.4 * 81))
+    plans = mmpeft.spt_plan(model, "{0,2}", made, density=0.4, lora=mmpeft.LoRA(rank=1), by="fisher")
+    kinds = {"lora": [], "sparse": []}
+    for name, index in best.items():
+        kinds["lora" if len(index) > sum(scores[name].shape) else "sparse"].append(name)
+    assert {k: [r.match for r in p.rules] for k, p in plans.items()} == {k: v for k, v in kinds.items() if v}
+    for rule in plans["sparse"].rules:
+        assert rule.methods[0].count == len(best[rule.match])
+    mmpeft.attach_selected(model, plans["sparse"], made, name="s", example=x)
+    for d in deltas(model, "s"):
+        assert d.index.tolist() == best[d.site.name].tolist()
+
+
 def test_bad_input():
     with pytest.raises(NameNotFound, match="fisher"):
         mmpeft.Sparse(criterion="fischer")
