@@ -27,7 +27,7 @@ from mmpeft.adapters.criteria import top
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.site import Site
-from mmpeft.adapters.sparse import Sparse, exact, sparse_deltas
+from mmpeft.adapters.sparse import Sparse, exact, settle, sparse_deltas
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError
 
@@ -128,6 +128,6 @@ class DiffGates:
         attach(self.model, Plan(tuple(rules)), self.name, check=False)
         with torch.no_grad():
             for d in sparse_deltas(self.model, self.name):
-                d.index.copy_(places[d.site.name])
+                settle(d, places[d.site.name])
                 d.value.copy_(final[d.site.name].flatten()[places[d.site.name]])
         return self.model

@@ -69,7 +69,7 @@ class DyLoRA(Elastic, name="dylora"):
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
-        size = zeros(1, like=base) + self.rank
+        size = zeros(*base.shape[:-2], 1, like=base) + self.rank
         return Tensors(self.pair(base), frozen={"size": size}, derived={"draw": size.clone()})
 
     def factors(self, W: Tensor, p: Delta) -> Factors | None:
@@ -79,9 +79,9 @@ class DyLoRA(Elastic, name="dylora"):
         if p.training and self.update == "last":
             last = place == b - 1
             A = torch.where(last.unsqueeze(-1), A, A.detach())
-            B = torch.where(last, B, B.detach())
+            B = torch.where(last.unsqueeze(-2), B, B.detach())
         scale = 1.0 if self.alpha is None else self.alpha / b
-        return Factors(A, B * ((place < b) * scale).to(B.dtype))
+        return Factors(A, B * ((place < b) * scale).to(B.dtype).unsqueeze(-2))
 
     def kept(self, p: Delta) -> Tensor:
         kept: Tensor = torch.arange(self.rank, device=p.size.device) < p.size

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.attach import attach
+from mmpeft.adapters.attach import attach, detach
 from mmpeft.adapters.criteria import DATA_FREE, Evidence, Losses, criterion, gather, top
 from mmpeft.adapters.example import example_of
 from mmpeft.adapters.liveness import prove
@@ -202,12 +202,21 @@ def attach_selected(
                 chosen[site.name] = picked[site.name]
     attach(model, Plan(tuple(rules)), name, example=example, check=False)
     for delta in sparse_deltas(model, name):
-        delta.index.copy_(chosen[delta.site.name])
-    if check:
-        probe = example if example is not None else example_of(model)
+        settle(delta, chosen[delta.site.name])
+    probe = (example if example is not None else example_of(model)) if check else None
+    try:
         if probe is not None:
             prove(model, name, as_call(probe))
+    except BaseException:
+        detach(model, name)
+        raise
     return model
+
+
+def settle(delta: Delta, index: Tensor) -> None:
+    """Give a `Sparse` site its places."""
+    delta.index.copy_(index)
+    delta.facts["placed"] = True
 
 
 def exact(site: Site) -> str:

@@ -4,7 +4,8 @@
     add_rmsnorm             residual add and RMSNorm in one pass, into a padded buffer ready for a K-extended GEMM
     rmsnorm_backward        norm backward and the residual gradient's add in one pass
     rope                    rotary embedding of q and k inside a packed qkv, and its inverse for the gradients
-    swiglu, swiglu_backward the activation; the backward also rebuilds its output, so the forward need not keep it
+    swiglu_backward         the activation's gradient, and its output again, so the forward need not keep it (the
+                            forward is in `sweep`, with the next shrink)
 
 All statistics and products are fp32 inside. Buffers may have a leading dimension larger than their width.
 """
@@ -174,23 +175,6 @@ def rope(
         q, k, w, *q.stride()[:3], *k.stride()[:3], *w.stride()[:3], out, out.stride(0), cos, sin, S, cos.shape[0],
         HQ=HQ, HK=HK, HALF=D // 2, BH=next_power_of_2(HQ + HK), INVERSE=inverse, COPY_V=v is not None, num_warps=4,
     )  # fmt: skip
-
-
-@jit
-def _swiglu(gate_up, h, ldg, ldh, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < F
-    g = tl.load(gate_up + row * ldg + cols, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(gate_up + row * ldg + F + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h + row * ldh + cols, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_up: Tensor, h: Tensor) -> None:
-    """Fills h [T, f] with silu(gate) * up of gate_up [T, 2f]."""
-    T, F = gate_up.shape[0], gate_up.shape[1] // 2
-    block = min(1024, next_power_of_2(F))
-    _swiglu[(T, triton.cdiv(F, block))](gate_up, h, gate_up.stride(0), h.stride(0), F, BLOCK=block, num_warps=4)
 
 
 @jit

@@ -153,6 +153,13 @@ class Policy(Part):
         Raises:
             ConfigError: there is neither. BaseMismatch: it is for other sizes. FileFormatError: something is missing.
         """
+        skill = self._skill_now()
+        if skill is None:
+            raise ConfigError("the policy has no normalisation yet: call policy.fit(actions, states), or load an adapter")
+        return skill
+
+    def _skill_now(self) -> Skill | None:
+        """See `current`; also hands the head what it works with."""
         state = find_state(self)
         name = state.active.names[-1] if state is not None and state.active.names else None
         given = state.entries[name].metadata if state is not None and name is not None else {}
@@ -169,9 +176,7 @@ class Policy(Part):
                 known = (id(given[KEY]), Skill.from_dict(given[KEY], self.sizes(), name))
                 self._skills[name] = known
             skill = known[1]
-        if skill is None:
-            raise ConfigError("the policy has no normalisation yet: call policy.fit(actions, states), or load an adapter")
-        if skill.head and self.head.facts_differ(skill.head):
+        if skill is not None and skill.head and self.head.facts_differ(skill.head):
             self.head.set_facts(skill.head)
         return skill
 
@@ -191,6 +196,7 @@ class Policy(Part):
                 [B, chunk, A] in the environment's units with `action_mask` [B, chunk]. `normalised: True` says that states
                 and actions are already normalised and padded.
         """
+        self._skill_now()  # a head with a vocabulary takes up the active adapter's
         features = self.features(batch)
         actions, mask = batch["action"], batch.get("action_mask")
         if not self.head.discrete and not batch.get("normalised"):

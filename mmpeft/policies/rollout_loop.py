@@ -103,7 +103,9 @@ def rollout(
         workers = None
         running: dict[int, int] = {}  # slot -> episode number
         try:
-            workers = Workers(plan, given, kwargs, num_envs=min(num_envs, waiting.left()), asynchronous=asynchronous, timeout=timeout)
+            workers = Workers(
+                plan, given, kwargs, num_envs=min(num_envs, waiting.left()), asynchronous=asynchronous, timeout=timeout
+            )
             trained = getattr(policy, "environment", None)
             if trained is not None:
                 check_trained_for(trained, workers.describe(), needs=reads)
@@ -128,7 +130,9 @@ def rollout(
                     texts = np.array([new or old for new, old in zip(told, texts, strict=True)], object)
                 first = np.array([slot in fresh for slot in range(workers.num_envs)])
                 began = time.perf_counter()
-                chunk = policy.act({**observation, "instruction": texts.astype(str), "task": tasks.astype(str), "first": first})
+                chunk = policy.act(
+                    {**observation, "instruction": texts.astype(str), "task": tasks.astype(str), "first": first}
+                )
                 milliseconds.append(1000 * (time.perf_counter() - began))
                 actions = _checked(chunk, action_space, execute, running, plan)
                 observation, records = workers.step(actions)
@@ -144,7 +148,9 @@ def rollout(
                 died[number] = died.get(number, 0) + 1
                 if died[number] >= ATTEMPTS:
                     name, seed = names[plan.episodes[number][0]], plan.episodes[number][1]
-                    raise WorkerDied(f"{name} with seed {seed} ended its worker {ATTEMPTS} times: {error}", error.slots) from error
+                    raise WorkerDied(
+                        f"{name} with seed {seed} ended its worker {ATTEMPTS} times: {error}", error.slots
+                    ) from error
             if not running:
                 raise
             log.warning("%s; %d finished episodes are kept, new workers play the rest", error, len(book.rows))
@@ -200,9 +206,13 @@ def _checked(chunk: Any, space: Any, execute: int, running: Mapping[int, int], p
     slots = max(running) + 1
     if array.ndim != 2 + len(inner) or rows < slots or array.shape[2:] != inner:
         wanted = f"[{slots} or more, chunk{''.join(f', {n}' for n in inner)}]"
-        raise ConfigError(f"a chunk has shape {wanted} here (slots, actions, action size), the policy gave {list(array.shape)}")
+        raise ConfigError(
+            f"a chunk has shape {wanted} here (slots, actions, action size), the policy gave {list(array.shape)}"
+        )
     if array.shape[1] < execute:
-        raise ConfigError(f"execute {execute} needs chunks of at least {execute} actions, the policy gave {array.shape[1]}")
+        raise ConfigError(
+            f"execute {execute} needs chunks of at least {execute} actions, the policy gave {array.shape[1]}"
+        )
     array = array[:, :execute]
     discrete = hasattr(space, "n")
     actions = np.zeros(array.shape, np.int64 if discrete else np.float32)
@@ -219,7 +229,9 @@ def _checked(chunk: Any, space: Any, execute: int, running: Mapping[int, int], p
 
 def _plain(value: Any) -> Any:
     """Settings as JSON values, whatever dataclasses and tuples they hold."""
-    return json.loads(json.dumps(value, default=lambda v: vars(v) if hasattr(v, "__dict__") else str(v), sort_keys=True))
+    return json.loads(
+        json.dumps(value, default=lambda v: vars(v) if hasattr(v, "__dict__") else str(v), sort_keys=True)
+    )
 
 
 def _latency(milliseconds: list[float], steps: int) -> dict[str, float]:
@@ -276,7 +288,9 @@ class _Book:
             return
         if found[0] != _plain(settings):
             wrong = [k for k in settings if found[0].get(k) != _plain(settings)[k]]
-            raise ConfigError(f"{self.path} records a rollout with other settings ({', '.join(wrong)}); choose another folder")
+            raise ConfigError(
+                f"{self.path} records a rollout with other settings ({', '.join(wrong)}); choose another folder"
+            )
         self.rows = found[1:]
 
     def finished(self, plan: Any) -> set[int]:

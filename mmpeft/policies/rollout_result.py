@@ -87,7 +87,9 @@ class RolloutResult:
         mine, theirs = ({(r["task"], r["seed"]): bool(r["success"]) for r in x.episodes} for x in (self, other))
         if set(mine) != set(theirs) or not mine:
             odd = sorted(set(mine) ^ set(theirs))[:3]
-            raise ConfigError(f"a paired test needs the same episodes on both sides ({len(mine)} and {len(theirs)}); not shared: {odd}")
+            raise ConfigError(
+                f"a paired test needs the same episodes on both sides ({len(mine)} and {len(theirs)}); not shared: {odd}"
+            )
         only_a = sum(won and not theirs[k] for k, won in mine.items())
         only_b = sum(theirs[k] and not won for k, won in mine.items())
         return Comparison((only_a - only_b) / len(mine), mcnemar_exact(only_a, only_b), only_a, only_b, len(mine))
@@ -115,8 +117,18 @@ class RolloutResult:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        summary = {"success": self.success if self.episodes else None, "interval": self.interval, "tasks": self.by_task()}
-        body = {**summary, "latency": self.latency, "videos": self.videos, "settings": self.settings, "episodes": self.episodes}
+        summary = {
+            "success": self.success if self.episodes else None,
+            "interval": self.interval,
+            "tasks": self.by_task(),
+        }
+        body = {
+            **summary,
+            "latency": self.latency,
+            "videos": self.videos,
+            "settings": self.settings,
+            "episodes": self.episodes,
+        }
         atomic_write(Path(path), json.dumps(body, indent=1).encode())
 
     @classmethod
@@ -142,7 +154,9 @@ class RolloutResult:
         rows = self.by_task().items()
         for name, row in rows if len(rows) > 1 else ():
             lines.append(_line(row["success"], row["interval"], row["episodes"], name))
-        lines.append(_line(self.success, (low, high), len(self.episodes), "all" if len(rows) != 1 else next(iter(rows))[0]))
+        lines.append(
+            _line(self.success, (low, high), len(self.episodes), "all" if len(rows) != 1 else next(iter(rows))[0])
+        )
         return "\n".join(lines)
 
 

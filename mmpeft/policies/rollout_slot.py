@@ -95,14 +95,19 @@ class Slot(gym.Env[Observation, Any]):
             self.env.close()
         env = make_env(name, **self.options)
         if self.env is not None:
-            mine, theirs = (_without_text(env.observation_space), env.action_space), (self.observation_space, self.single)
+            mine, theirs = (
+                (_without_text(env.observation_space), env.action_space),
+                (self.observation_space, self.single),
+            )
             if mine != theirs:
                 raise ConfigError(
                     f"{name} has other spaces than {self.plan.envs[0]} ({mine} against {theirs}); roll them out one after the other"
                 )
         return env
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
         """Begin episode number `seed` of the plan; its true seed comes from there."""
         if seed is None or not 0 <= seed < len(self.plan.episodes):
             raise ConfigError(f"a slot is reset with an episode number below {len(self.plan.episodes)}, got {seed!r}")

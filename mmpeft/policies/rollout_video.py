@@ -26,9 +26,13 @@ def write_video(path: str | Path, frames: NDArray[np.uint8], *, fps: float = 20.
     """
     target = Path(path)
     if target.suffix not in _WRITERS:
-        raise ConfigError(f"a video ends in {' or '.join(_WRITERS)}, got {target.name!r}{nearest(target.suffix, _WRITERS)}")
+        raise ConfigError(
+            f"a video ends in {' or '.join(_WRITERS)}, got {target.name!r}{nearest(target.suffix, _WRITERS)}"
+        )
     if np.ndim(frames) != 4 or np.shape(frames)[-1] != 3 or not len(frames) or frames.dtype != np.uint8:
-        raise ConfigError(f"a video needs uint8 frames [T, H, W, 3], got {getattr(frames, 'dtype', None)} {np.shape(frames)}")
+        raise ConfigError(
+            f"a video needs uint8 frames [T, H, W, 3], got {getattr(frames, 'dtype', None)} {np.shape(frames)}"
+        )
     factor = max(1, -(-SHORTEST_SIDE // min(frames.shape[1:3])))
     large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
     large = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]  # H.264 wants even sides

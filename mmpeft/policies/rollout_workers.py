@@ -46,14 +46,23 @@ class Workers:
     """
 
     def __init__(
-        self, plan: EpisodeList, options: dict[str, Any], kwargs: dict[str, Any], *, num_envs: int, asynchronous: bool, timeout: float
+        self,
+        plan: EpisodeList,
+        options: dict[str, Any],
+        kwargs: dict[str, Any],
+        *,
+        num_envs: int,
+        asynchronous: bool,
+        timeout: float,
     ) -> None:
         self.num_envs, self.timeout = num_envs, timeout
         firsts = [i % len(plan.envs) for i in range(num_envs)]
         make = [functools.partial(_worker_slot, plan, options, {**kwargs, "first_env": i}) for i in firsts]
         self.vector: Any
         if asynchronous:
-            self.vector = self._guard(lambda: AsyncVectorEnv(make, context=_context(), autoreset_mode=AutoresetMode.DISABLED))
+            self.vector = self._guard(
+                lambda: AsyncVectorEnv(make, context=_context(), autoreset_mode=AutoresetMode.DISABLED)
+            )
         else:
             in_process = [functools.partial(Slot, plan, options=options, **{**kwargs, "first_env": i}) for i in firsts]
             self.vector = SyncVectorEnv(in_process, autoreset_mode=AutoresetMode.DISABLED)

@@ -22,10 +22,28 @@ from mmpeft.multimodal import MultimodalLM
 CALIBRATION_SAMPLES = 2048  # enough for a mean and a deviation of each channel
 
 
-def fill_caches(model: MultimodalLM, datasets: Iterable[Any], folder: str | Path) -> dict[str, FeatureCache]:
-    """Encode every medium of the datasets that is not on disk yet.
+def media_of(model: MultimodalLM, dataset: Any) -> dict[str, dict[str, Any]]:
+    """Modality -> content id -> medium, of every medium of a data set that the model has an encoder for.
 
     Samples that cannot be read are left to the loader, which refuses or skips them by name.
+    """
+    found: dict[str, dict[str, Any]] = {modality: {} for modality in model.encoders}
+    for index in range(len(dataset)):
+        try:
+            for part in media_parts(dataset[index]):
+                if part["type"] in found and part["type"] in part:
+                    raw = part[part["type"]]
+                    found[part["type"]].setdefault(content_id(raw), raw)
+        except (BadSample, OSError):
+            continue
+    return found
+
+
+def fill_caches(model: MultimodalLM, media: Iterable[Mapping[str, Mapping[str, Any]]], folder: str) -> dict[str, FeatureCache]:
+    """Encode every medium that is not on disk yet.
+
+    Args:
+        media: of each data set, from `media_of`.
 
     Returns:
         A cache for each modality of the model.
@@ -35,27 +53,21 @@ def fill_caches(model: MultimodalLM, datasets: Iterable[Any], folder: str | Path
     """
     if not len(model.encoders):
         raise ConfigError("feature_cache: the model has no encoder whose features could be cached")
-    raws: dict[str, dict[str, Any]] = {modality: {} for modality in model.encoders}
-    for dataset in datasets:
-        for index in range(len(dataset)):
-            try:
-                for part in media_parts(dataset[index]):
-                    if part["type"] in raws and part["type"] in part:
-                        raw = part[part["type"]]
-                        raws[part["type"]].setdefault(content_id(raw), raw)
-            except (BadSample, OSError):
-                continue
     caches = {}
-    for modality, encoder in model.encoders.items():
-        caches[modality] = FeatureCache(encoder, Path(folder))  # type: ignore[arg-type]
-        caches[modality].fill(list(raws[modality].items()))
+    with torch.random.fork_rng(devices=[]):  # a run with a cache starts from the same random numbers as one without
+        for modality, encoder in model.encoders.items():
+            caches[modality] = FeatureCache(encoder, Path(folder))  # type: ignore[arg-type]
+            everything = {key: raw for found in media for key, raw in found[modality].items()}
+            caches[modality].fill(list(everything.items()))
     return caches
 
 
-def calibrate_connectors(model: MultimodalLM, caches: Mapping[str, FeatureCache]) -> None:
-    """Start each connector from standardised channels, measured on cached tokens; see `Connector.calibrate`."""
+def calibrate_connectors(
+    model: MultimodalLM, caches: Mapping[str, FeatureCache], train: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Start each connector from standardised channels, measured on the training media; see `Connector.calibrate`."""
     for modality, cache in caches.items():
-        tokens = [cache[key] for key in list(cache)[:CALIBRATION_SAMPLES]]
+        tokens = [cache[key] for key in list(train[modality])[:CALIBRATION_SAMPLES]]
         model.connectors[modality].calibrate(torch.cat(tokens))  # type: ignore[operator]
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from mmpeft.adapters.plan import resolve
 from mmpeft.data.processor import ConversationProcessor
 from mmpeft.errors import ConfigError
 from mmpeft.metrics import load_metric
 from mmpeft.multimodal import MultimodalLM
 from mmpeft.tasks.base import AdapterTask
-from mmpeft.tasks.features import CachedProcessor, calibrate_connectors, fill_caches
+from mmpeft.tasks.features import CachedProcessor, calibrate_connectors, fill_caches, media_of
 from mmpeft.tasks.schedule import Schedule
 
 
@@ -69,6 +70,13 @@ class GenerationTask(AdapterTask):
             raise ConfigError(f"max_new_tokens must be at least 1, given {max_new_tokens}")
         if calibrate and feature_cache is None:
             raise ConfigError("calibrate=True reads its statistics from the feature cache: give feature_cache=")
+        if feature_cache is not None and self.plan is not None:
+            adapted = {t.site.name for t in resolve(model, self.plan) if t.site.path.startswith("encoders.")}
+            if adapted:
+                raise ConfigError(
+                    f"feature_cache: the plan trains {min(adapted)} (and {len(adapted) - 1} more) inside an encoder, so "
+                    "its features change from step to step; leave feature_cache out"
+                )
         options = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
         self.metrics = [load_metric(name, **dict(given or {})) for name, given in options.items()]
         self.max_new_tokens = max_new_tokens
@@ -82,14 +90,14 @@ class GenerationTask(AdapterTask):
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "datasets"):
             raise ConfigError("feature_cache needs a mmpeft.data.DataModule, whose datasets it can go through")
-        datasets = [d for d in data.datasets.values() if d is not None]
+        media = {split: media_of(self.model, d) for split, d in data.datasets.items() if d is not None}
         if not self.trainer.is_global_zero:
             self.trainer.strategy.barrier("features")  # the first rank encodes, the others read
-        caches = fill_caches(self.model, datasets, self.feature_cache)
+        caches = fill_caches(self.model, list(media.values()), self.feature_cache)
         if self.trainer.is_global_zero:
             self.trainer.strategy.barrier("features")
         if self.calibrate and stage == "fit" and self.start_from is None:
-            calibrate_connectors(self.model, caches)
+            calibrate_connectors(self.model, caches, media["train"])
         self.processor = CachedProcessor(self.model, caches, row_length=self.processor.row_length)
 
     # ---- training --------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ class Colours(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         channel = index % 3
         generator = torch.Generator().manual_seed(100 * self.seed + index)
-        picture = 0.1 * torch.randn(3, 16, 16, generator=generator)
-        picture[channel] += 1.0
+        picture = 0.3 * torch.rand(3, 16, 16, generator=generator)
+        picture[channel] += 0.7
         question = "Which digit is this?" if index % 2 else "Is the first image larger than the second one?"
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         answer = COLOURS[channel]

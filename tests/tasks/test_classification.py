@@ -118,7 +118,7 @@ def test_wrong_settings_and_labels_are_refused(make_trainer):
         ClassificationTask(model, {"head": "full"}, metrics=["pearson"])
     with pytest.raises(ConfigError, match="label_smoothing"):
         ClassificationTask(EncoderClassifier(Words(), classes=1), {"head": "full"}, label_smoothing=0.1)
-    with pytest.raises(BadSample, match="word/1.*'bea'.*nearest: bee"):
+    with pytest.raises(BadSample, match="word/.*'bea'.*nearest: bee"):
         data = Letters(label=["ant", "bea", "cat"].__getitem__)
         fit(make_trainer, model, DataModule(data, batch_size=3, shuffle=False), {"head": "full"}, steps=1)
     with pytest.raises(BadSample, match="class 5 is not among 0 .. 1"):

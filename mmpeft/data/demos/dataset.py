@@ -60,7 +60,11 @@ class Demonstrations(Dataset[dict[str, Any]]):
         self.stores = [DemoFolder(f) for f in given]
         self._pictures: dict[str, Any] | None = None
         if len(views):
-            self._pictures = {"views": views, "image_size": image_size, **({"shift": shift} if shift is not None else {})}
+            self._pictures = {
+                "views": views,
+                "image_size": image_size,
+                **({"shift": shift} if shift is not None else {}),
+            }
         self._caches: dict[int, FrameCache] = {}
         self.episodes: list[tuple[int, Episode]] = []
         for i, store in enumerate(self.stores):
@@ -126,7 +130,9 @@ class Demonstrations(Dataset[dict[str, Any]]):
                 self._caches[where] = FrameCache(store, **self._pictures)
             found = self._caches[where][episode.seed]
         if len(found) != len(episode):
-            raise FileFormatError(f"{self.stores[where].path}: {len(found)} pictures for {len(episode)} steps of seed {episode.seed}")
+            raise FileFormatError(
+                f"{self.stores[where].path}: {len(found)} pictures for {len(episode)} steps of seed {episode.seed}"
+            )
         return found
 
     def _chosen(self, store: DemoFolder, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -136,7 +142,9 @@ class Demonstrations(Dataset[dict[str, Any]]):
         names = [views] if isinstance(views, str) else list(views)
         for name in names:
             if name not in known:
-                raise NameNotFound(f"{store.path} came with pictures {', '.join(known)}, not {name!r}{nearest(str(name), known)}")
+                raise NameNotFound(
+                    f"{store.path} came with pictures {', '.join(known)}, not {name!r}{nearest(str(name), known)}"
+                )
         return pictures if tuple(names) == known else pictures[:, [known.index(n) for n in names]]
 
     def render(self) -> Demonstrations:

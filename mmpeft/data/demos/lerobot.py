@@ -1,12 +1,12 @@
 """LeRobotDataset v3.0 folders, written and read without `lerobot`.
 
-    write_lerobot("demos/push", "lerobot/push", views=("corner2",), image_size=96)
-    store = read_lerobot("lerobot/push", "demos/from_lerobot")
+write_lerobot("demos/push", "lerobot/push", views=("corner2",), image_size=96)
+store = read_lerobot("lerobot/push", "demos/from_lerobot")
 
-    meta/info.json                              features, fps, paths        meta/stats.json   statistics for normalisation
-    meta/tasks.parquet                          instruction -> task_index   meta/episodes/... lengths, offsets, statistics by episode
-    data/chunk-000/file-000.parquet             one row a step; pictures inside as PNG, unless video=True
-    videos/<key>/chunk-000/file-000.mp4         all episodes after one another
+meta/info.json                              features, fps, paths        meta/stats.json   statistics for normalisation
+meta/tasks.parquet                          instruction -> task_index   meta/episodes/... lengths, offsets, statistics by episode
+data/chunk-000/file-000.parquet             one row a step; pictures inside as PNG, unless video=True
+videos/<key>/chunk-000/file-000.mp4         all episodes after one another
 """
 
 from __future__ import annotations
@@ -77,10 +77,17 @@ def write_lerobot(
             assert pictures is not None
             found[key] = _picture_statistics(pictures[:, i])
             if not video:
-                columns[-1][key] = [_png(p, f"episode-{number:06d}/frame-{t:06d}.png") for t, p in enumerate(pictures[:, i])]
+                columns[-1][key] = [
+                    _png(p, f"episode-{number:06d}/frame-{t:06d}.png") for t, p in enumerate(pictures[:, i])
+                ]
         statistics.append(found)
         row: dict[str, Any] = {"episode_index": number, "tasks": [data.instruction(number)], "length": steps}
-        row |= {"data/chunk_index": 0, "data/file_index": 0, "dataset_from_index": start, "dataset_to_index": start + steps}
+        row |= {
+            "data/chunk_index": 0,
+            "data/file_index": 0,
+            "dataset_from_index": start,
+            "dataset_to_index": start + steps,
+        }
         for key in keys if video else ():
             row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": 0}
             row |= {f"videos/{key}/from_timestamp": start / fps, f"videos/{key}/to_timestamp": (start + steps) / fps}
@@ -141,9 +148,19 @@ def read_lerobot(source: str | Path, folder: str | Path, *, images: Sequence[str
     rows = sorted(_rows(root / "meta" / "episodes", root), key=lambda r: r["episode_index"])
     if len(rows) != info["total_episodes"]:
         raise FileFormatError(f"{root}: {len(rows)} episodes described, {info['total_episodes']} expected")
-    described = {"action": features["action"]["shape"], "discrete": False, "state": features["observation.state"]["shape"]}
+    described = {
+        "action": features["action"]["shape"],
+        "discrete": False,
+        "state": features["observation.state"]["shape"],
+    }
     env = str(info.get("robot_type") or "lerobot")
-    description = {"env": env, "options": {}, "noise": None, "control_hz": info["fps"], "describe": {"name": env, **described}}
+    description = {
+        "env": env,
+        "options": {},
+        "noise": None,
+        "control_hz": info["fps"],
+        "describe": {"name": env, **described},
+    }
     short = [k.removeprefix("observation.images.") for k in wanted]
     store = DemoFolder(folder, {**description, "imported_from": f"lerobot {VERSION}", "imported_views": short})
     films: dict[str, NDArray[np.uint8]] = {}
@@ -193,14 +210,37 @@ def _numbers(episode: Episode, number: int, start: int, task: int, fps: int) -> 
 def _features(episode: Episode, keys: Sequence[str], size: int, fps: int, video: bool) -> dict[str, Any]:
     vectors = {"observation.state": episode["state"], "action": episode["action"]}
     features: dict[str, Any] = {
-        key: {"dtype": "video" if video else "image", "shape": [size, size, 3], "names": ["height", "width", "channels"]} for key in keys
+        key: {
+            "dtype": "video" if video else "image",
+            "shape": [size, size, 3],
+            "names": ["height", "width", "channels"],
+        }
+        for key in keys
     }
     for key in keys if video else ():
-        how = {"height": size, "width": size, "codec": "h264", "pix_fmt": "yuv420p", "is_depth_map": False, "fps": fps, "channels": 3}
+        how = {
+            "height": size,
+            "width": size,
+            "codec": "h264",
+            "pix_fmt": "yuv420p",
+            "is_depth_map": False,
+            "fps": fps,
+            "channels": 3,
+        }
         features[key]["info"] = {f"video.{k}": v for k, v in how.items()} | {"has_audio": False}
     for key, value in vectors.items():
-        features[key] = {"dtype": "float32", "shape": list(value.shape[1:]), "names": [f"{key[-6:]}_{i}" for i in range(value.shape[1])]}
-    scalars = {"next.reward": "float32", "next.success": "bool", "next.done": "bool", "timestamp": "float32", **_COUNTERS}
+        features[key] = {
+            "dtype": "float32",
+            "shape": list(value.shape[1:]),
+            "names": [f"{key[-6:]}_{i}" for i in range(value.shape[1])],
+        }
+    scalars = {
+        "next.reward": "float32",
+        "next.success": "bool",
+        "next.done": "bool",
+        "timestamp": "float32",
+        **_COUNTERS,
+    }
     return features | {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in scalars.items()}
 
 
@@ -211,7 +251,9 @@ def _table(pa: Any, columns: dict[str, Any], features: dict[str, Any]) -> Any:
         if isinstance(value, list):
             arrays[name] = pa.array(value, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         elif value.ndim == 2:
-            arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(value).reshape(-1)), value.shape[1])
+            arrays[name] = pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ascontiguousarray(value).reshape(-1)), value.shape[1]
+            )
         else:
             arrays[name] = pa.array(value.astype(features[name]["dtype"]))
     return pa.table(arrays)
@@ -280,7 +322,9 @@ def _info(root: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if not version.startswith("v3."):
-        raise FileFormatError(f"{root} has version {version}; {VERSION} is read here (LeRobot's converter raises older ones)")
+        raise FileFormatError(
+            f"{root} has version {version}; {VERSION} is read here (LeRobot's converter raises older ones)"
+        )
     if missing:
         raise FileFormatError(f"{root} has no {' and no '.join(missing)}")
     return info
@@ -326,5 +370,7 @@ def _pictures(
     start = round(float(row[f"videos/{key}/from_timestamp"]) * info["fps"])
     film = films[key + name][start : start + steps]
     if len(film) != steps:
-        raise FileFormatError(f"{root / name}: {len(film)} pictures from {start}, {steps} expected; the film is cut short")
+        raise FileFormatError(
+            f"{root / name}: {len(film)} pictures from {start}, {steps} expected; the film is cut short"
+        )
     return film

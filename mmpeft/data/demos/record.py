@@ -126,7 +126,12 @@ def record_episode(env: Any, expert: Any, seed: int, *, noise: float, extra_step
         action = expert.act(env)
         executed = _disturbed(action, env, noise, rng)
         reward, terminated, truncated, info = env.advance(executed)
-        for key, value in (("action", action), ("executed", executed), ("reward", reward), ("success", info["success"])):
+        for key, value in (
+            ("action", action),
+            ("executed", executed),
+            ("reward", reward),
+            ("success", info["success"]),
+        ):
             rows[key].append(value)
         if left is None and info["success"]:
             left = extra_steps

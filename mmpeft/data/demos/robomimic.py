@@ -110,7 +110,12 @@ def read_robomimic(
         description |= {"imported_from": "robomimic", "imported_views": list(images)}
         first = demos[wanted[0]]
         width = sum(_array(first, f"obs/{k}", source).reshape(len(first["actions"]), -1).shape[1] for k in state)
-        described = {"name": description["env"], "action": list(first["actions"].shape[1:]), "discrete": False, "state": [width]}
+        described = {
+            "name": description["env"],
+            "action": list(first["actions"].shape[1:]),
+            "discrete": False,
+            "state": [width],
+        }
         store = DemoFolder(folder, {**description, "describe": described})
         for name in wanted:
             demo, number = demos[name], int(demos[name].attrs.get("seed", name.split("_")[1]))
@@ -118,9 +123,13 @@ def read_robomimic(
             steps = len(actions)
             rewards = _array(demo, "rewards", source) if "rewards" in demo else np.zeros(steps)
             arrays = {
-                "state": np.concatenate([_array(demo, f"obs/{k}", source).reshape(steps, -1) for k in state], 1).astype(np.float32),
+                "state": np.concatenate([_array(demo, f"obs/{k}", source).reshape(steps, -1) for k in state], 1).astype(
+                    np.float32
+                ),
                 "action": actions,
-                "executed": _array(demo, "executed_actions", source).astype(np.float32) if "executed_actions" in demo else actions,
+                "executed": _array(demo, "executed_actions", source).astype(np.float32)
+                if "executed_actions" in demo
+                else actions,
                 "reward": rewards.astype(np.float32),
                 "success": _array(demo, "success", source).astype(bool) if "success" in demo else rewards > 0,
             }
@@ -148,7 +157,9 @@ def _array(demo: Any, key: str, source: Path) -> Any:
     try:
         return np.asarray(demo[key])
     except OSError as error:
-        raise FileFormatError(f"{source}, {demo.name}: {key} cannot be read ({error}); the file was cut short") from error
+        raise FileFormatError(
+            f"{source}, {demo.name}: {key} cannot be read ({error}); the file was cut short"
+        ) from error
 
 
 def picture_names(data: Demonstrations, views: Sequence[Any] | str) -> list[str]:

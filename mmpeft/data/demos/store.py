@@ -65,7 +65,9 @@ class Episode:
         """
         missing = [n for n in _NEEDED if n not in self.arrays]
         if missing or not len(self):
-            raise FileFormatError(f"{where}: {'no arrays ' + ', '.join(missing) if missing else 'an episode without steps'}")
+            raise FileFormatError(
+                f"{where}: {'no arrays ' + ', '.join(missing) if missing else 'an episode without steps'}"
+            )
         steps = len(self)
         for name, value in self.arrays.items():
             if name not in ARRAYS:
@@ -77,7 +79,9 @@ class Episode:
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise FileFormatError(f"{where}: {name} holds NaN or infinity")
         if self.arrays["action"].shape != self.arrays["executed"].shape:
-            raise FileFormatError(f"{where}: action {self.arrays['action'].shape}, executed {self.arrays['executed'].shape}")
+            raise FileFormatError(
+                f"{where}: action {self.arrays['action'].shape}, executed {self.arrays['executed'].shape}"
+            )
         return self
 
 

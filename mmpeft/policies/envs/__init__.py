@@ -59,7 +59,9 @@ def make_env(name: str, **options: Any) -> RobotEnv:
     known = [p for p in inspect.signature(build).parameters if p != "task"]
     for option in options:
         if option not in known:
-            raise NameNotFound(f"{family} environments have no option {option!r}; they have {', '.join(known)}{nearest(option, known)}")
+            raise NameNotFound(
+                f"{family} environments have no option {option!r}; they have {', '.join(known)}{nearest(option, known)}"
+            )
     try:
         env: RobotEnv = build(task, **options)
     except TypeError as error:

@@ -50,7 +50,9 @@ class BabyAIEnv(RobotEnv):
         require("minigrid", "robot")
         levels = [i.removeprefix("BabyAI-").removesuffix("-v0") for i in gym.registry if i.startswith("BabyAI-")]
         if task not in levels:
-            raise NameNotFound(f"BabyAI has no level {task!r}{nearest(task, levels)}; there are {len(levels)}, such as GoToLocal")
+            raise NameNotFound(
+                f"BabyAI has no level {task!r}{nearest(task, levels)}; there are {len(levels)}, such as GoToLocal"
+            )
         if tuple(views) not in ((), ("agent",)):
             raise NameNotFound(f"BabyAI's only view is 'agent', got {list(views)}")
         if positive_steps("image_size", image_size) % CELLS:

@@ -68,7 +68,9 @@ class RobotEnv(gym.Env[Observation, Any]):
         """Put the simulator into a state of `snapshot` within the same episode (the same seed)."""
         raise Unsupported(f"{self.name} cannot be put into a stored state; its actions are replayed instead")
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
         """Start the episode that `seed` names; without one, the next of the sequence that the last seed began."""
         self.begin(seed)
         return self.observe(), {"seed": self.episode_seed, "instruction": self.text}
@@ -93,7 +95,9 @@ class RobotEnv(gym.Env[Observation, Any]):
         images = space.spaces.get("images")
         return {
             "name": self.name,
-            "action": int(self.action_space.n) if isinstance(self.action_space, gym.spaces.Discrete) else list(self.action_space.shape or ()),
+            "action": int(self.action_space.n)
+            if isinstance(self.action_space, gym.spaces.Discrete)
+            else list(self.action_space.shape or ()),
             "discrete": discrete,
             "state": list(space["state"].shape or ()) if "state" in space.spaces else None,
             "images": list(images.shape or ()) if images is not None else None,
@@ -115,7 +119,9 @@ def check_trained_for(trained: Mapping[str, Any], env: Mapping[str, Any], *, nee
     kept += ["views"] if "views" in trained and ("images" in needs or not needs) else []
     wrong = [f"{k}: trained with {trained[k]!r}, here {env.get(k)!r}" for k in kept if trained[k] != env.get(k)]
     if wrong:
-        raise BaseMismatch(f"the policy was trained in {trained.get('name')}, not for {env.get('name')}: " + "; ".join(wrong))
+        raise BaseMismatch(
+            f"the policy was trained in {trained.get('name')}, not for {env.get('name')}: " + "; ".join(wrong)
+        )
 
 
 def check_action(action: Any, space: gym.Space[Any], where: str) -> Any:

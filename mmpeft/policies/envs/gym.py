@@ -23,7 +23,12 @@ from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, posit
 from mmpeft.policies.envs.views import Noise, as_dataclass
 from mmpeft.policies.envs.wrappers import SensorNoise
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 class GymEnv(RobotEnv):
@@ -81,7 +86,9 @@ class GymEnv(RobotEnv):
 
     @staticmethod
     def _modes(spec: Any) -> list[str]:
-        entry = spec.entry_point if callable(spec.entry_point) else gym.envs.registration.load_env_creator(spec.entry_point)
+        entry = (
+            spec.entry_point if callable(spec.entry_point) else gym.envs.registration.load_env_creator(spec.entry_point)
+        )
         return list(getattr(entry, "metadata", {}).get("render_modes", []))
 
     def _spaces(self) -> dict[str, gym.Space[Any]]:
@@ -101,9 +108,13 @@ class GymEnv(RobotEnv):
     def _part(self, value: Any) -> Any:
         """The part of an observation (or of its space) that `state` names."""
         for step in self.key.split("/") if self.key else ():
-            keys = list(value.spaces if isinstance(value, gym.spaces.Dict) else value if isinstance(value, dict) else ())
+            keys = list(
+                value.spaces if isinstance(value, gym.spaces.Dict) else value if isinstance(value, dict) else ()
+            )
             if step not in keys:
-                raise NameNotFound(f"{self.name}: no {step!r} in the observation ({', '.join(keys)}){nearest(step, keys)}")
+                raise NameNotFound(
+                    f"{self.name}: no {step!r} in the observation ({', '.join(keys)}){nearest(step, keys)}"
+                )
             value = value[step]
         return value
 
@@ -126,7 +137,9 @@ class GymEnv(RobotEnv):
         if self.views:
             observation["images"] = self.pictures()
         if self.full_state:
-            observation["full_state"] = np.asarray(gym.spaces.flatten(self.sim.observation_space, self._raw), np.float64)
+            observation["full_state"] = np.asarray(
+                gym.spaces.flatten(self.sim.observation_space, self._raw), np.float64
+            )
         return self.sensor_noise(observation)
 
     def pictures(self) -> NDArray[np.uint8]:
@@ -135,7 +148,9 @@ class GymEnv(RobotEnv):
     def frame(self, size: int = 256) -> NDArray[np.uint8]:
         image = require("PIL.Image", "vision")
         picture = image.fromarray(np.asarray(self.sim.render(), np.uint8))
-        return np.asarray(picture.resize((size, size), image.Resampling.BOX if size < picture.width else image.Resampling.BICUBIC))
+        return np.asarray(
+            picture.resize((size, size), image.Resampling.BOX if size < picture.width else image.Resampling.BICUBIC)
+        )
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "views": list(self.views) or None}

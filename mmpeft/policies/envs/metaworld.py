@@ -57,13 +57,20 @@ class MetaworldEnv(RobotEnv):
         noise: Noise | Mapping[str, Any] | None = None,
     ) -> None:
         if task not in SENTENCES:
-            raise NameNotFound(f"Metaworld has no task {task!r}{nearest(task, SENTENCES)}; there are {', '.join(SENTENCES)}")
+            raise NameNotFound(
+                f"Metaworld has no task {task!r}{nearest(task, SENTENCES)}; there are {', '.join(SENTENCES)}"
+            )
         if positive_steps("max_steps", max_steps) > HORIZON:
             raise ConfigError(f"Metaworld's episodes have at most {HORIZON} steps, got max_steps {max_steps}")
         positive_steps("image_size", image_size)
         sentence(task, instruction, 0)
         self.task, self.name = task, f"metaworld:{task}"
-        self.image_size, self.max_steps, self.full_state, self.wording = image_size, int(max_steps), full_state, instruction
+        self.image_size, self.max_steps, self.full_state, self.wording = (
+            image_size,
+            int(max_steps),
+            full_state,
+            instruction,
+        )
         self.look = as_dataclass(Shift, shift)
         self.sim = _simulator(task)
         self.cameras = [self.sim.model.camera(i).name for i in range(self.sim.model.ncam)]
@@ -150,7 +157,9 @@ def _simulator(task: str) -> Any:
     require("packaging", "robot", "Gymnasium's MuJoCo part needs it and does not declare it")
     sim = require("metaworld.env_dict", "robot").ALL_V3_ENVIRONMENTS[task]()
     sim._partially_observable = False
-    sim.__dict__.pop("sawyer_observation_space", None)  # cached with a goal range of 0, to which the goal would be clipped
+    sim.__dict__.pop(
+        "sawyer_observation_space", None
+    )  # cached with a goal range of 0, to which the goal would be clipped
     sim._freeze_rand_vec, sim.seeded_rand_vec, sim._set_task_called = False, True, True
     return sim
 
@@ -159,5 +168,11 @@ def _state_kind() -> tuple[Any, int]:
     """MuJoCo, and the parts of its state that decide what happens next: forces from outside are never applied here."""
     mujoco = require("mujoco", "robot")
     kinds = mujoco.mjtState
-    parts = (kinds.mjSTATE_FULLPHYSICS, kinds.mjSTATE_CTRL, kinds.mjSTATE_MOCAP_POS, kinds.mjSTATE_MOCAP_QUAT, kinds.mjSTATE_WARMSTART)
+    parts = (
+        kinds.mjSTATE_FULLPHYSICS,
+        kinds.mjSTATE_CTRL,
+        kinds.mjSTATE_MOCAP_POS,
+        kinds.mjSTATE_MOCAP_QUAT,
+        kinds.mjSTATE_WARMSTART,
+    )
     return mujoco, sum(int(p) for p in parts)

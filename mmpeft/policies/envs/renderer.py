@@ -48,7 +48,12 @@ class Renderer:
         rng = shift.rng(episode_seed)
         model.cam_pos[:] += rng.uniform(-shift.camera, shift.camera, model.cam_pos.shape)
         brightness = rng.uniform(1 - shift.light, 1 + shift.light)
-        for light in (model.light_diffuse, model.light_ambient, model.vis.headlight.diffuse, model.vis.headlight.ambient):
+        for light in (
+            model.light_diffuse,
+            model.light_ambient,
+            model.vis.headlight.diffuse,
+            model.vis.headlight.ambient,
+        ):
             light[:] = np.clip(light * brightness, 0, 1)
         model.light_pos[:] += rng.uniform(-shift.light, shift.light, model.light_pos.shape)
         for colours in (model.geom_rgba, model.mat_rgba):
@@ -96,7 +101,9 @@ class Renderer:
         if self._gl is not None and side <= self._context.offWidth:
             return
         if not 1 <= side <= 4096:
-            raise ConfigError(f"a picture of {side} pixels cannot be drawn; sizes are 1 to 4096, supersampling and crop included")
+            raise ConfigError(
+                f"a picture of {side} pixels cannot be drawn; sizes are 1 to 4096, supersampling and crop included"
+            )
         self.close()
         choose_gl()
         quality, buffer = self.model.vis.quality, self.model.vis.global_

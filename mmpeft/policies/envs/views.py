@@ -135,7 +135,9 @@ def as_views(views: Sequence[str | View | Mapping[str, Any]] | str, cameras: Seq
         made = as_dataclass(View, view)
         assert made is not None
         if made.camera not in cameras:
-            raise NameNotFound(f"no camera {made.camera!r}; there are {', '.join(cameras)}{nearest(made.camera, cameras)}")
+            raise NameNotFound(
+                f"no camera {made.camera!r}; there are {', '.join(cameras)}{nearest(made.camera, cameras)}"
+            )
         found.append(made)
     return tuple(found)
 

@@ -22,7 +22,9 @@ class SensorNoise:
         if self.noise is None:
             return observation
         noisy = dict(observation)
-        noisy["state"] = (observation["state"] + self.rng.normal(0, self.noise.state, observation["state"].shape)).astype(np.float32)
+        noisy["state"] = (
+            observation["state"] + self.rng.normal(0, self.noise.state, observation["state"].shape)
+        ).astype(np.float32)
         if "images" in observation:
             images = observation["images"] + self.rng.normal(0, self.noise.pixels, observation["images"].shape)
             arrived = self.rng.random(len(images)) >= self.noise.drop

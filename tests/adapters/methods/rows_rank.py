@@ -34,6 +34,7 @@ RANK_ROWS = {
         lambda o, i: 4 * (o + i + 1),
         factored=True,
         size=0.6,
+        gap=1e-4,
     ),
     "autolora": Row(
         dynamic_rank.AutoLoRA(rank=4, alpha=16),

@@ -354,6 +354,20 @@ def test_bad_input():
         mmpeft.attach(net(), {"0": mmpeft.FishMask(count=3)}, example=torch.randn(2, 6))
     with pytest.raises(ConfigError, match="needs gradients"):
         mmpeft.attach_selected(net(), {"0": mmpeft.FishMask()})
+    model, (x, _) = net(), data()
+
+    class Skips(nn.Module):  # the second layer never runs
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = model[0], model[2]
+
+        def forward(self, x):
+            return self.used(x)
+
+    skips = Skips()
+    with pytest.raises(mmpeft.errors.DeadSite):
+        mmpeft.attach_selected(skips, {"{used,unused}": mmpeft.PaFi(density=0.9)}, example=x)
+    assert type(skips) is Skips and type(skips.unused) is nn.Linear, "a refused adapter leaves nothing behind"
     with pytest.raises(ConfigError, match="Sparse methods"):
         mmpeft.attach_selected(net(), {"0": mmpeft.LoRA()})
     with pytest.raises(ConfigError, match="it has 54"):
