@@ -99,8 +99,8 @@ def main() -> None:
     lines = [
         "# Weight methods against LoRA",
         "",
-        f"`python -m benchmarks.methods`: {args.layers} linear layers of {args.width}, {args.tokens} tokens, fp32, {device}, "
-        f"torch {torch.__version__}.",
+        f"`python -m benchmarks.methods`: {args.layers} linear layers of {args.width}, {args.tokens} tokens, fp32, "
+        f"{device}, torch {torch.__version__}.",
         "A step is forward, backward and AdamW; ratios are against LoRA(rank=8) timed in turn with the method.",
         "",
         "| Method | Trained | ms a step | x LoRA | saved MiB | x LoRA |",

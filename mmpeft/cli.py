@@ -110,7 +110,8 @@ def run_lightning(args: list[str] | None, *, run: bool = True) -> Any:
         run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # tasks make their optimizer from the plan
-        save_config_kwargs={"overwrite": True},
+        # beside the logs, under a name that no config of a user's own has: it is written over
+        save_config_kwargs={"overwrite": True, "config_filename": "config_of_run.yaml"},
     )
 
 

@@ -63,7 +63,8 @@ class ConvAdapter(Bottleneck, name="conv_adapter"):
         inner = tensors["down_weight"].shape[0]
         like = tensors["down_weight"]
         conv = nn.Conv2d(inner, inner, self.kernel, groups=inner, dtype=like.dtype, device=like.device)
-        return Tensors(tensors | {"conv_weight": conv.weight.detach(), "conv_bias": torch.zeros_like(conv.bias.detach())})  # type: ignore[union-attr]
+        bias = torch.zeros(inner, dtype=like.dtype, device=like.device)
+        return Tensors(tensors | {"conv_weight": conv.weight.detach(), "conv_bias": bias})
 
     def update(self, x: Tensor, p: Delta) -> Tensor:
         """[B, C, h, w] or [B, T, C] -> the same shape, in x's dtype."""
@@ -80,7 +81,7 @@ class ConvAdapter(Bottleneck, name="conv_adapter"):
         rows, columns = self._grid(x, p, width)
         h = act(F.linear(x, down, down_bias))  # [B, T, inner]
         lead, cells = h[:, : self.prefix], h[:, self.prefix :]
-        cells = cells.transpose(1, 2).unflatten(2, (rows, columns))
+        cells = cells.transpose(1, 2).reshape(len(x), -1, rows, columns)
         cells = F.conv2d(cells, conv, conv_bias, padding=self.kernel // 2, groups=conv.shape[0])
         lead = lead * conv[:, 0, self.kernel // 2, self.kernel // 2] + conv_bias
         h = F.dropout(act(torch.cat([lead, cells.flatten(2).transpose(1, 2)], dim=1)), self.dropout, p.training)

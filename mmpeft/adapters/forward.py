@@ -94,7 +94,8 @@ def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
     if delta is not None and delta.training and (p := delta.method.dropout):
         x = F.dropout(x, p)
     dtype = x.dtype if x.is_floating_point() else owner._parameters["weight"].dtype  # type: ignore[union-attr]
-    return op.expand(owner, op.shrink(owner, x, f.A.to(dtype)), (f.B * part.scale).to(dtype))
+    B = f.B if part.scale == 1 else f.B * part.scale
+    return op.expand(owner, op.shrink(owner, x, f.A.to(dtype)), B.to(dtype))
 
 
 def _add(y: Tensor, update: Tensor, part: Part, axis: int) -> Tensor:

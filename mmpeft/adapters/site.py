@@ -180,6 +180,8 @@ def roles_of(
     """Row ranges by role for a fused weight (or bias) of `out` rows; empty where nothing is fused."""
     leaf = tensor if tensor not in ("weight", "bias") else path.rpartition(".")[2]
     leaf = leaf.removesuffix("_bias").removesuffix("_weight")
+    if isinstance(module, nn.RNNBase) and tensor.startswith("weight_hr"):
+        return {}  # the projection of an LSTM's output has no gates
     if isinstance(module, nn.LSTM):
         return _equal("ifgo", out)
     if isinstance(module, nn.GRU):

@@ -6,30 +6,35 @@
     result.success, result.interval                      # 0.84, (0.71, 0.92)
     result.compare(other).p_value                        # exact McNemar test on the shared seeds
 
-**Environment.** `make_env` gives a `gymnasium.Env` whose observation is a dict, and whose `reset(seed=s)` decides the episode:
+**Environment.** `make_env` gives a `gymnasium.Env` whose observation is a dict, and whose `reset(seed=s)` decides the
+episode:
 
     images       uint8 [N, H, W, 3]   N views of one size, upright; left out with views=()
     state        float32 [S]          proprioception: what the robot itself measures
     instruction  str                  one sentence
     full_state   float64 [F]          only with full_state=True: what an expert or a ceiling policy may see
 
-`env.describe()` is the JSON dict (name, action and state size, views, image size) that belongs into an adapter's metadata.
+`env.describe()` is the JSON dict (name, action and state size, views, image size) that belongs into an adapter's
+metadata.
 
-**Policy.** Any object with `act(observation) -> chunk`. The observation is the dict above with a leading batch axis B (one row a
-vector-environment slot), `instruction` as an array of B strings, and two more keys:
+**Policy.** Any object with `act(observation) -> chunk`. The observation is the dict above with a leading batch axis B
+(one row a vector-environment slot), `instruction` as an array of B strings, and two more keys:
 
     task         str [B]              name of the environment each row belongs to, such as "metaworld:push-v3"
-    first        bool [B]             the row's first observation of an episode: forget history, temporal ensembles, caches
+    first        bool [B]             the row's first observation of an episode: forget history, temporal ensembles,
+    caches
 
-The chunk is float [B, chunk, action_dim] (discrete actions: int [B, chunk]) with chunk >= the `execute` given to `rollout`.
-Rows of slots that ran out of seeds repeat their last observation; their actions are ignored. Optional attributes:
+The chunk is float [B, chunk, action_dim] (discrete actions: int [B, chunk]) with chunk >= the `execute` given to
+`rollout`. Rows of slots that ran out of seeds repeat their last observation; their actions are ignored. Optional
+attributes:
 
     reset(num_envs)      called once before the first `act` of a rollout, and again when workers were restarted
-    reads                the observation keys it needs, default ("images", "state", "instruction"); unread pictures are not rendered
-    environment          `env.describe()` of the environment it was trained in; another one is refused before the first step
+    reads                the observation keys it needs, default ("images", "state", "instruction"); unread pictures are
+    not rendered environment          `env.describe()` of the environment it was trained in; another one is refused
+    before the first step
 
-**Demonstrations** (`mmpeft.data.demos`) are stored as simulator states, clean actions and proprioception; pictures are rendered
-from them at any size and camera when first used.
+**Demonstrations** (`mmpeft.data.demos`) are stored as simulator states, clean actions and proprioception; pictures are
+rendered from them at any size and camera when first used.
 
 Nothing here imports Gymnasium, MuJoCo or Metaworld until a function that needs it is called.
 """

@@ -1,7 +1,7 @@
 """One batch of environments, each row under an adapter of its own: the base's frozen part runs once for all of them.
 
-Trunk and head of an adapter are its own weights, so they run a group at a time; the expensive part, the frozen prefix of
-the encoder, is shared.
+Trunk and head of an adapter are its own weights, so they run a group at a time; the expensive part, the frozen prefix
+of the encoder, is shared.
 """
 
 from __future__ import annotations
@@ -49,5 +49,6 @@ def predict_by_row(
             out[i] = row
     found = [r for r in out if r is not None]
     if len({tuple(r.shape) for r in found}) != 1:
-        raise ConfigError(f"adapters {', '.join(dict.fromkeys(adapters))} have actions of different sizes; act for each alone")
+        names = ", ".join(dict.fromkeys(adapters))
+        raise ConfigError(f"adapters {names} have actions of different sizes; act for each alone")
     return torch.stack(found)

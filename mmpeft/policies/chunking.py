@@ -5,9 +5,9 @@
         action = executor.step(observe() if executor.wants_observation else None)      # [B, A]
 
 Receding horizon: of a chunk of `chunk` actions the first `execute` are carried out. Temporal ensembling (ACT, arXiv
-2304.13705) asks at every step and averages what all chunks so far say about it, with weights exp(-m age), age counted from
-the oldest. It is off by default: it costs `execute` times the predictions, and was measured to hurt (LeRobot's 500 episodes
-on Aloha: 87.6 % without, 70.8 % with m = 0.01).
+2304.13705) asks at every step and averages what all chunks so far say about it, with weights exp(-m age), age counted
+from the oldest. It is off by default: it costs `execute` times the predictions, and was measured to hurt (LeRobot's 500
+episodes on Aloha: 87.6 % without, 70.8 % with m = 0.01).
 """
 
 from __future__ import annotations

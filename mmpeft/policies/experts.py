@@ -4,8 +4,8 @@
     expert.reset(env);  action = expert.act(env)
     rollout(ExpertPolicy(), env="metaworld:push-v3", seeds=range(20))
 
-An expert sees the simulator itself, not pictures. Metaworld ships one a task (mean success .985), BabyAI a planner that solves
-every level.
+An expert sees the simulator itself, not pictures. Metaworld ships one a task (mean success .985), BabyAI a planner
+that solves every level.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class MetaworldExpert:
         """The action for the 39 numbers of `full_state`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the scripts ask for more than the action space has and say so each time
-            return np.clip(self.script.get_action(full), -1, 1).astype(np.float32)
+            action: NDArray[np.float32] = np.clip(self.script.get_action(full), -1, 1).astype(np.float32)
+        return action
 
 
 class BabyAIExpert:

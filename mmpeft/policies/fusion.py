@@ -94,7 +94,8 @@ class CrossFusion(Fusion):
 
     def fuse(self, tokens: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:
         seen = self.attn(self.norm(tokens), self.project(vectors) + self.place, mask)
-        return tokens + torch.tanh(self.gate) * seen
+        gated: Tensor = torch.tanh(self.gate) * seen
+        return tokens + gated
 
 
 FusionName = Literal["token", "film", "cross"]

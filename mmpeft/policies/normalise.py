@@ -55,17 +55,20 @@ class Statistics:
         wrong = (~torch.isfinite(x)).nonzero()
         if len(wrong):
             row, dim = wrong[0].tolist()
-            raise BadSample(f"{len(wrong)} values are not finite, the first in row {row}, dimension {dim}: {x[row, dim]}")
+            where = f"row {row}, dimension {dim}: {x[row, dim]}"
+            raise BadSample(f"{len(wrong)} values are not finite, the first in {where}")
         low, high = torch.quantile(x[:: max(1, len(x) // 100_000)], torch.tensor([0.01, 0.99], dtype=x.dtype), dim=0)
-        rows = (x.mean(0), x.std(0, correction=0), x.amin(0), x.amax(0), low, high)
-        return cls(*(tuple(r.tolist()) for r in rows), count=len(x))
+        found = (x.mean(0), x.std(0, correction=0), x.amin(0), x.amax(0), low, high)
+        mean, std, least, most, q01, q99 = (tuple(r.tolist()) for r in found)
+        return cls(mean, std, least, most, q01, q99, len(x))
 
     @property
     def dim(self) -> int:
         return len(self.mean)
 
 
-# Kind -> (offset, scale): encode is (x - offset) / scale, which puts the range, or the 1st to 99th percentile, on [-1, 1].
+# Kind -> (offset, scale): encode is (x - offset) / scale, which puts the range, or the 1st to 99th percentile, on
+# [-1, 1].
 KINDS: dict[Kind, Callable[[Statistics], tuple[Sequence[float], Sequence[float]]]] = {
     "mean_std": lambda s: (s.mean, s.std),
     "min_max": lambda s: _middle(s.min, s.max),
@@ -151,7 +154,8 @@ class Normaliser:
                 f"the adapter's {what} lacks {', '.join(missing)}; without it actions would be in unknown units"
             )
         given = data["statistics"]
-        statistics = Statistics(**{n: given[n] if n == "count" else tuple(map(float, given[n])) for n in names})
+        values: dict[str, Any] = {n: given[n] if n == "count" else tuple(map(float, given[n])) for n in names}
+        statistics = Statistics(**values)
         sizes = {n: len(getattr(statistics, n)) for n in names if n != "count"}
         if len(set(sizes.values())) != 1:
             raise FileFormatError(f"the adapter's {what} has statistics of several sizes: {sizes}")

@@ -58,7 +58,8 @@ class History:
             self.seen = np.zeros((rows, self.steps), dtype=bool)
         else:
             if len(self.seen) != rows:
-                raise BadSample(f"the policy remembers {len(self.seen)} environments, given {rows}; call reset() between rollouts")
+                known = len(self.seen)
+                raise BadSample(f"the policy remembers {known} environments, given {rows}; reset() between rollouts")
             fresh = np.zeros(rows, dtype=bool) if first is None else np.asarray(first, dtype=bool)
             for key, value in now.items():
                 past = np.concatenate([self.frames[key][:, 1:], value[:, None]], axis=1)

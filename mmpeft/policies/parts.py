@@ -1,11 +1,11 @@
 """Parts of a policy (trunks, heads, fusions, encoders) that remember their options, so that a folder can rebuild them.
 
     head = RegressionHead(norm="l2")
-    head.recipe()                       # {"class_path": "mmpeft.policies.heads.regression.RegressionHead", "init_args": {"norm": "l2"}}
+    head.recipe()                       # {"class_path": "....RegressionHead", "init_args": {"norm": "l2"}}
     make(head.recipe())                 # another one like it
 
-The recipe goes into the adapter's metadata; it is what `class_path` and `init_args` are in a YAML file. Making one imports
-the class it names, so take folders only from people you would take a config from.
+The recipe goes into the adapter's metadata; it is what `class_path` and `init_args` are in a YAML file. Making one
+imports the class it names, so take folders only from people you would take a config from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Part(nn.Module):
                 self.__dict__["_options"] = dict(list(bound.arguments.items())[1:])
             init(self, *args, **options)
 
-        cls.__init__ = recording  # type: ignore[method-assign]
+        cls.__init__ = recording  # type: ignore[assignment]
 
     def recipe(self) -> dict[str, Any] | None:
         """{"class_path", "init_args"} as JSON data, or None if an argument was an object that has no recipe."""

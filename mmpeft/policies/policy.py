@@ -6,15 +6,15 @@
         action_dim=4, state_dim=4, chunk=8, image_size=96,
     )
     policy.fit(actions, states)                                             # normalisation, vocabularies, codebooks
-    mmpeft.attach(policy, {"trunk": "full", "head": "full", "encoder.backbone.blocks.{3,4}.*": mmpeft.ConvAdapter()}, "push")
-    loss = policy(batch)                                                    # behaviour cloning; ControlTask does it
-    chunk = policy.act(observation)                                         # [B, chunk, 4] in the environment's units
-    save_policy(policy, "runs/push");  policy = load_policy("runs/push")
+    mmpeft.attach(policy, {"trunk": "full", "head": "full", "encoder.backbone.blocks.{3,4}.*": mmpeft.ConvAdapter()},
+    "push") loss = policy(batch)                                                    # behaviour cloning; ControlTask
+    does it chunk = policy.act(observation)                                         # [B, chunk, 4] in the environment's
+    units save_policy(policy, "runs/push");  policy = load_policy("runs/push")
 
-What decides an action travels in the adapter: encoder adapters, trunk, head, statistics, and the sizes and environment that
-they hold for. So `mmpeft.use(policy, "reach")` switches the units with the weights, and an adapter made for another robot
-is refused by what differs. One base serves robots of several sizes: `action_dim` and `state_dim` are its widths, an adapter
-whose statistics have fewer dimensions is padded and masked.
+What decides an action travels in the adapter: encoder adapters, trunk, head, statistics, and the sizes and environment
+that they hold for. So `mmpeft.use(policy, "reach")` switches the units with the weights, and an adapter made for
+another robot is refused by what differs. One base serves robots of several sizes: `action_dim` and `state_dim` are its
+widths, an adapter whose statistics have fewer dimensions is padded and masked.
 """
 
 from __future__ import annotations
@@ -67,25 +67,26 @@ class Policy(Part):
     def __init__(
         self, *, trunk: Trunk, head: Head, action_dim: int, state_dim: int = 0,
         encoder: TappedEncoder | Part | str | None = None, instruction: InstructionEncoder | str | None = None,
-        chunk: int = 8, execute: int | None = None, image_size: int | Sequence[int] = 96, views: int = 1, history: int = 1,
-        readouts: int = 1, actions: Kind = "mean_std", states: Kind = "mean_std", keep_actions: Sequence[int] = (),
+        chunk: int = 8, execute: int | None = None, image_size: int | Sequence[int] = 96, views: int = 1,
+        history: int = 1, readouts: int = 1, actions: Kind = "mean_std", states: Kind = "mean_std", keep_actions: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         execute = chunk if execute is None else execute
         if min(action_dim, chunk, execute, views, history) < 1 or state_dim < 0 or execute > chunk:
             raise ConfigError(
-                f"need action_dim, chunk, views, history of 1 or more, state_dim of 0 or more and 1 <= execute <= chunk; given "
-                f"{action_dim}, {chunk}, {views}, {history}, {state_dim}, execute={execute}"
+                f"need action_dim, chunk, views, history of 1 or more, state_dim of 0 or more, 1 <= execute <= chunk; "
+                f"given {action_dim}, {chunk}, {views}, {history}, {state_dim}, execute={execute}"
             )
         side = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.image_size: tuple[int, int] = (int(side[0]), int(side[1]))
         self.action_dim, self.state_dim, self.chunk, self.execute = action_dim, state_dim, chunk, execute
         self.views, self.history = (views if encoder is not None else 0), history
-        self.kinds = {"actions": actions, "states": states}
+        self.kinds: dict[str, Kind] = {"actions": actions, "states": states}
         self.keep_actions = tuple(keep_actions)
         self.encoder: Any = TappedEncoder(encoder) if isinstance(encoder, str) else encoder
-        self.instruction = InstructionEncoder(instruction) if isinstance(instruction, str) else instruction
-        maps = tuple(self.encoder.shapes(*self.image_size)) if self.encoder is not None else ()
+        self.instruction: Any = InstructionEncoder(instruction) if isinstance(instruction, str) else instruction
+        eyes: Any = self.encoder
+        maps = tuple(eyes.shapes(*self.image_size)) if eyes is not None else ()
         text = self.instruction.dim if self.instruction is not None else 0
         self.trunk = trunk.build(Sizes(maps, max(1, self.views), state_dim, text, history), readouts=readouts)
         self.head = head.build(in_dim=trunk.dim, action_dim=action_dim, chunk=chunk, readouts=readouts)
@@ -122,18 +123,20 @@ class Policy(Part):
         state = self._normaliser("states", states, self.state_dim, pad) if self.state_dim else None
         if act is not None:
             steps = torch.as_tensor(np.asarray(actions)).float()
-            cut = steps[: len(steps) // self.chunk * self.chunk].view(-1, self.chunk, act.dim) if chunks is None else chunks
-            self.head.fit(act.encode(torch.as_tensor(cut)))
-        self.skill = Skill(act, state, self.head.facts(), self.sizes(), dict(environment) if environment else None)
+            whole = steps[: len(steps) // self.chunk * self.chunk].view(-1, self.chunk, act.dim)
+            self.head.fit(act.encode(whole if chunks is None else torch.as_tensor(chunks)))
+        where = dict(environment) if environment else None
+        self.skill = Skill(act, state, self.head.facts(), self.sizes(), where)
         return self.skill
 
     def _normaliser(self, which: str, values: Any, width: int, pad: bool) -> Normaliser:
         statistics = Statistics.of(values)
         if statistics.dim > width or (statistics.dim < width and not pad):
             hint = "; pad=True serves a robot with fewer" if statistics.dim < width else ""
-            raise ConfigError(f"the policy has {width} dimensions of {which}, the demonstrations {statistics.dim}{hint}")
+            given = f"the demonstrations {statistics.dim}{hint}"
+            raise ConfigError(f"the policy has {width} dimensions of {which}, {given}")
         keep = self.keep_actions if which == "actions" else ()
-        return Normaliser(statistics, self.kinds[which], keep=keep, width=width)  # type: ignore[arg-type]
+        return Normaliser(statistics, self.kinds[which], keep=keep, width=width)
 
     def sizes(self) -> dict[str, Any]:
         """What an adapter must have been made for."""
@@ -148,14 +151,15 @@ class Policy(Part):
         return {KEY: {"recipe": self.recipe(), **self.current().to_dict()}}
 
     def current(self) -> Skill:
-        """The skill of the active adapter; what `fit` measured where no adapter is active or its metadata is still empty.
+        """The skill of the active adapter; what `fit` measured where no adapter is active or its metadata is still
+        empty.
 
         Raises:
             ConfigError: there is neither. BaseMismatch: it is for other sizes. FileFormatError: something is missing.
         """
         skill = self._skill_now()
         if skill is None:
-            raise ConfigError("the policy has no normalisation yet: call policy.fit(actions, states), or load an adapter")
+            raise ConfigError("the policy has no normalisation yet: policy.fit(actions, states), or load an adapter")
         return skill
 
     def _skill_now(self) -> Skill | None:
@@ -191,10 +195,10 @@ class Policy(Part):
         """The head's loss, the mean over valid steps.
 
         Args:
-            batch: `images` uint8 [B, T, V, H, W, 3] or `prefix` [B, T, V, C, h, w] out of a cache; `state` [B, T, S] with
-                `state_mask` [B, T]; `seen` [B, T], False before the episode; `instruction`, B sentences; `action`
-                [B, chunk, A] in the environment's units with `action_mask` [B, chunk]. `normalised: True` says that states
-                and actions are already normalised and padded.
+            batch: `images` uint8 [B, T, V, H, W, 3] or `prefix` [B, T, V, C, h, w] out of a cache; `state` [B, T, S]
+                with `state_mask` [B, T]; `seen` [B, T], False before the episode; `instruction`, B sentences; `action`
+                [B, chunk, A] in the environment's units with `action_mask` [B, chunk]. `normalised: True` says that
+                states and actions are already normalised and padded.
         """
         self._skill_now()  # a head with a vocabulary takes up the active adapter's
         features = self.features(batch)
@@ -324,7 +328,7 @@ class Policy(Part):
         found = actions.cpu().numpy()
         if not np.isfinite(found).all():
             rows = sorted(set(np.argwhere(~np.isfinite(found))[:, 0].tolist()))
-            raise ConfigError(f"the policy predicted NaN or infinite actions in rows {rows}; nothing was sent to the robot")
+            raise ConfigError(f"the policy predicted NaN or infinite actions in rows {rows}; no action was given out")
         return found
 
 
@@ -337,10 +341,13 @@ def note_skill(policy: Policy, name: str) -> None:
     state.entries[name].metadata[KEY] = {"recipe": policy.recipe(), **policy.skill.to_dict()}
 
 
-def save_policy(policy: Policy, folder: str | Path, name: str | None = None, *, metadata: Mapping[str, Any] | None = None) -> Path:
-    """`mmpeft.save` with what the policy needs to act: statistics, vocabulary, sizes, environment, and how it is built."""
+def save_policy(
+    policy: Policy, folder: str | Path, name: str | None = None, *, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """`mmpeft.save` with all the policy needs to act: statistics, vocabulary, sizes, environment, how it is built."""
     state = find_state(policy)
-    if name is not None and state is not None and KEY in (state.entries[name].metadata if name in state.entries else {}):
+    entry = state.entries.get(name) if state is not None and name is not None else None
+    if entry is not None and KEY in entry.metadata:  # it may be another than the active one
         return save(policy, folder, name, metadata=metadata)
     return save(policy, folder, name, metadata={**policy.metadata(), **(metadata or {})})
 
@@ -358,8 +365,8 @@ def load_policy(folder: str | Path, policy: Policy | None = None, *, name: str |
     if policy is None:
         if about[KEY].get("recipe") is None:
             raise FileFormatError(
-                f"{str(folder)!r} does not say how its policy is built (a part was given as an object): build the policy and "
-                f"call load_policy(folder, policy)"
+                f"{str(folder)!r} does not say how its policy is built (a part was given as an object): build the "
+                f"policy and call load_policy(folder, policy)"
             )
         made: nn.Module = make(about[KEY]["recipe"])
         if not isinstance(made, Policy):

@@ -8,11 +8,13 @@
 A policy looks at each picture of its demonstrations dozens of times, and adapters usually sit in the later stages. What
 comes before them is frozen and gives the same numbers every time: cached, training on two cores is three times as fast.
 
-- `taps` are timm's own (the stages of a convolutional net, the blocks of a transformer), counted from 0 or from the end.
-- A backbone is split along its chain of stages. That chain is data, one row a family, and each tower is proved when it is
-  made: the maps of both halves, one after the other, equal those of the library's own forward.
-- Pictures come as bytes [..., H, W, 3] and are normalised as the backbone was trained; mean and deviation are read off its
-  own preprocessing. They are not resized unless `image_size` says so: a convolutional net takes 96 pixels as they are.
+- `taps` are timm's own (the stages of a convolutional net, the blocks of a transformer), counted from 0 or from the
+  end.
+- A backbone is split along its chain of stages. That chain is data, one row a family, and each tower is proved when it
+  is made: the maps of both halves, one after the other, equal those of the library's own forward.
+- Pictures come as bytes [..., H, W, 3] and are normalised as the backbone was trained; mean and deviation are read off
+  its own preprocessing. They are not resized unless `image_size` says so: a convolutional net takes 96 pixels as they
+  are.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from mmpeft.encoders.image import ImageEncoder
 from mmpeft.errors import BadSample, ConfigError, Unsupported
 from mmpeft.policies.parts import Part
 
-# timm's class -> the modules its forward runs one after the other (`*`: every child); a tap follows the module it is named by.
+# timm's class -> the modules its forward runs one after the other (`*`: every child); a tap follows the module it is
+# named by.
 CHAINS: dict[str, tuple[str, ...]] = {
     "EfficientNet": ("conv_stem", "bn1", "blocks.*"),
     "MobileNetV3": ("conv_stem", "bn1", "blocks.*"),
@@ -47,7 +50,8 @@ class TappedEncoder(Part):
     """Maps [N, C_i, h_i, w_i] of the chosen taps of a frozen image backbone.
 
     Args:
-        encoder: a name for `load_encoder`, its arguments as a mapping, or an `ImageEncoder` whose layer is the last tap.
+        encoder: a name for `load_encoder`, its arguments as a mapping, or an `ImageEncoder` whose layer is the last
+            tap.
         taps: which maps, in order; of other libraries than timm one alone, the encoder's own.
         split: the tap after which the cached prefix ends; None: nothing can be cached.
         image_size: pictures are resized to this square; None: taken as they come.
@@ -69,7 +73,7 @@ class TappedEncoder(Part):
     ) -> None:  # fmt: skip
         super().__init__()
         source, self.taps = _load(encoder, taps)
-        self.__dict__["source"] = source  # its one module is `backbone`, which is registered here
+        self.__dict__["_source"] = source  # its one module is `backbone`, which is registered here
         self.backbone = source.backbone
         self.image_size = image_size
         mean, std = _pixel_statistics(source)
@@ -79,9 +83,14 @@ class TappedEncoder(Part):
         self.chain: list[tuple[str, int | None]] = []  # (module path, the tap that follows it)
         if self.split is not None:
             if self.split > self.taps[0]:
-                raise ConfigError(f"split={split} comes after the first tap {self.taps[0]}, which the cache would not give")
+                raise ConfigError(f"split={split} comes after the first tap {self.taps[0]}, which no cache would give")
             self.chain = _chain(source)
             self._prove()
+
+    @property
+    def source(self) -> Any:
+        """The `ImageEncoder` it was made from."""
+        return self.__dict__["_source"]
 
     @property
     def name(self) -> str:
@@ -103,7 +112,7 @@ class TappedEncoder(Part):
         """
         x = as_pixels(images, self.mean.device)
         if self.image_size is not None and tuple(x.shape[-2:]) != (self.image_size, self.image_size):
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(x, (self.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
         pixels: Tensor = (x - self.mean) / self.std
         return pixels
 
@@ -119,7 +128,7 @@ class TappedEncoder(Part):
         device = next(self.backbone.parameters()).device
         with torch.no_grad():
             maps = self(torch.zeros(1, 3, height, width, device=device))
-        return [tuple(m.shape[1:]) for m in maps]  # type: ignore[misc]
+        return [tuple(m.shape[1:]) for m in maps]
 
     # ---- maps ------------------------------------------------------------------------------------------------------
 
@@ -168,8 +177,8 @@ class TappedEncoder(Part):
             for module in self._modules_of(path):
                 if not is_frozen(module):
                     raise ConfigError(
-                        f"{path} lies before the split at tap {self.split} and is trained or adapted, so that cached maps "
-                        f"would be stale; move the split before it, or train without a cache"
+                        f"{path} lies before the split at tap {self.split} and is trained or adapted, so that cached "
+                        f"maps would be stale; move the split before it, or train without a cache"
                     )
             if tap == self.split:
                 return
@@ -196,7 +205,8 @@ class TappedEncoder(Part):
     def _modules_of(self, path: str) -> list[nn.Module]:
         if path != "<embed>":
             return [self.backbone.get_submodule(path)]
-        return [m for n, m in self.backbone.named_children() if n in ("patch_embed", "pos_drop", "patch_drop", "norm_pre")]
+        names = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+        return [m for n, m in self.backbone.named_children() if n in names]
 
     def _step(self, path: str, x: Tensor) -> Tensor:
         backbone: Any = self.backbone
@@ -219,7 +229,7 @@ class TappedEncoder(Part):
         backbone: Any = self.backbone
         cells = x[:, int(backbone.num_prefix_tokens) :]
         rows, columns = backbone.patch_embed.grid_size
-        return cells.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+        return cells.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous()
 
     @torch.no_grad()
     def _prove(self) -> None:
@@ -250,7 +260,7 @@ def _load(encoder: str | Mapping[str, Any] | ImageEncoder, taps: Sequence[int]) 
         raise ConfigError(f"a policy's pictures need an image encoder, {getattr(source, 'name', source)!r} is none")
     found = tuple(_count_from_end(t, source.index + 1, source.name) for t in taps)
     if list(found) != sorted(set(found)) or found[-1] != source.index:
-        raise ConfigError(f"taps={tuple(taps)}: name each once, from early to late, the last being layer {source.index}")
+        raise ConfigError(f"taps={tuple(taps)}: name each once, early to late, the last being layer {source.index}")
     if len(found) > 1 and not _is_timm(source):
         raise Unsupported(f"{source.name!r} gives the map of one layer; several taps need a timm model")
     return source, found
@@ -298,7 +308,7 @@ def as_pixels(images: Any, device: torch.device) -> Tensor:
 
 
 def random_shift(images: Tensor, generator: torch.Generator, *, pixels: int) -> Tensor:
-    """Each picture [N, H, W, 3] moved by up to `pixels` in both directions, its border repeated (DrQ, arXiv 2004.13649)."""
+    """Each picture [N, H, W, 3] moved by up to `pixels` either way, its border repeated (DrQ, arXiv 2004.13649)."""
     n, height, width, _ = images.shape
     moves = torch.randint(-pixels, pixels + 1, (n, 2), generator=generator)
     rows = (torch.arange(height) + moves[:, :1]).clamp(0, height - 1)  # [N, H]

@@ -3,9 +3,10 @@
     result = rollout(policy, env="metaworld:push-v3", seeds=range(50), execute=8, video="videos/")
     result = rollout(policy, env=["metaworld:push-v3", "metaworld:reach-v3"], seeds=range(20), folder="runs/eval")
 
-Every (environment, seed) is played once. A slot that finishes takes the next episode at once, so slow episodes hold up nobody; which
-slot plays an episode changes nothing, because the seed decides it. Finished episodes are written to `folder` one by one: a killed worker
-is replaced and only its own episode played again, a killed rollout goes on where it stopped.
+Every (environment, seed) is played once. A slot that finishes takes the next episode at once, so slow episodes hold up
+nobody; which slot plays an episode changes nothing, because the seed decides it. Finished episodes are written to
+`folder` one by one: a killed worker is replaced and only its own episode played again, a killed rollout goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -53,21 +54,25 @@ def rollout(
 
     Args:
         policy: an object with `act(observation) -> chunk` (see `mmpeft.policies`), or the folder of a saved adapter.
-        env: one environment name or several with equal spaces. seeds: of the episodes; each environment plays all of them.
+        env: one environment name or several with equal spaces. seeds: of the episodes; each environment plays all of
+            them.
         execute: actions of a chunk carried out before the next observation; default the policy's `execute`, else 1.
-        num_envs: slots; default the number of cores, at most the number of episodes. asynchronous: a process a slot; default
-            where there is more than one. timeout: seconds until a silent worker counts as dead.
-        options: of `make_env`: views, image_size, max_steps, shift, noise, instruction...
+        num_envs: slots; default the number of cores, at most the number of episodes. asynchronous: a process a slot;
+            default where there is more than one. timeout: seconds until a silent worker counts as dead.
+        options: of `make_env`: views, image_size, max_steps, shift, noise, instruction...; views and size default to
+            those that the policy's `environment` names.
         stop_on_success: an episode ends with its first success, as Metaworld counts it ("success at any step").
-        video: a folder (one file an episode) or an .mp4 or .gif file (all in one); `video_episodes` successes and as many failures.
+        video: a folder (one file an episode) or an .mp4 or .gif file (all in one); `video_episodes` successes and as
+            many failures.
         video_size: pixels; default the policy's own first view, which costs no drawing.
         folder: finished episodes go to its episodes.jsonl, and a rollout with the same settings resumes there.
         shard: (rank, of how many): every so-manieth episode; `RolloutResult.merged` joins the shards.
 
     Raises:
-        ConfigError: a repeated or negative seed, a chunk that is too short, misshapen or not finite, settings of another rollout in
-            `folder`. NameNotFound: unknown environment or option. BaseMismatch: the policy was trained for other actions, state or
-            cameras. WorkerDied: one episode killed its worker three times. NoGL: no OpenGL library draws here.
+        ConfigError: a repeated or negative seed, a chunk that is too short, misshapen or not finite, settings of
+            another rollout in `folder`. NameNotFound: unknown environment or option. BaseMismatch: the policy was
+            trained for other actions, state or cameras. WorkerDied: one episode killed its worker three times. NoGL:
+            no OpenGL library draws here.
     """
     require("gymnasium", "robot")
     policy = _loaded(policy)
@@ -79,15 +84,18 @@ def rollout(
     episodes = _episodes(names, seeds, shard)
     num_envs = min(_at_least_one("num_envs", num_envs or os.cpu_count() or 1), max(1, len(episodes)))
     asynchronous = num_envs > 1 if asynchronous is None else asynchronous
+    trained = getattr(policy, "environment", None)
     given = dict(options or {})
+    if trained and {split_name(n)[0] for n in names} == {str(trained.get("name")).partition(":")[0]}:
+        given = {**trained.get("options", {}), **given}  # the cameras it knows, unless others are asked for
     given.setdefault("full_state", "full_state" in reads)
     if "images" not in reads:
         given["views"] = ()
     settings = {"env": list(names), "execute": execute, "options": _plain(given), "stop_on_success": stop_on_success}
 
     from mmpeft.policies.envs.base import check_trained_for
-    from mmpeft.policies.rollout_slot import EpisodeList, Filming, Record
-    from mmpeft.policies.rollout_workers import Workers, WorkerDied
+    from mmpeft.policies.rollout_slot import EpisodeList, Filming
+    from mmpeft.policies.rollout_workers import WorkerDied, Workers
 
     filming = None
     if video is not None:
@@ -97,7 +105,7 @@ def rollout(
     waiting = _Waiting(plan, book.finished(plan))
     films = _Films(video, video_episodes)
     milliseconds: list[float] = []
-    steps, died = 0, {}
+    steps, died = 0, dict[int, int]()
     kwargs = {"execute": execute, "stop_on_success": stop_on_success, "filming": filming}
     while waiting.left():
         workers = None
@@ -106,8 +114,7 @@ def rollout(
             workers = Workers(
                 plan, given, kwargs, num_envs=min(num_envs, waiting.left()), asynchronous=asynchronous, timeout=timeout
             )
-            trained = getattr(policy, "environment", None)
-            if trained is not None:
+            if trained:
                 check_trained_for(trained, workers.describe(), needs=reads)
             if hasattr(policy, "reset"):
                 policy.reset(workers.num_envs)
@@ -243,7 +250,8 @@ def _latency(milliseconds: list[float], steps: int) -> dict[str, float]:
 
 
 class _Waiting:
-    """Episodes still to play. A slot gets one of the environment it holds if there is one, since making another costs a second."""
+    """Episodes still to play. A slot gets one of the environment it holds if there is one, since making another costs
+    a second."""
 
     def __init__(self, plan: Any, done: set[int]) -> None:
         self.plan = plan
@@ -265,7 +273,8 @@ class _Waiting:
 
 
 class _Book:
-    """Rows of finished episodes, in memory and, a line each, in `<folder>/episodes.jsonl`; its first line holds the settings."""
+    """Rows of finished episodes, in memory and, a line each, in `<folder>/episodes.jsonl`; its first line holds the
+    settings."""
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -294,7 +303,8 @@ class _Book:
         self.rows = found[1:]
 
     def finished(self, plan: Any) -> set[int]:
-        """Numbers of the plan's episodes that are recorded; rows of other seeds are left out of the result, not of the file."""
+        """Numbers of the plan's episodes that are recorded; rows of other seeds are left out of the result, not of the
+        file."""
         numbers = {(plan.envs[i], s): n for n, (i, s) in enumerate(plan.episodes)}
         self.rows = [r for r in self.rows if (r["task"], r["seed"]) in numbers]
         return {numbers[r["task"], r["seed"]] for r in self.rows}

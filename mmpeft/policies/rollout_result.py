@@ -37,9 +37,10 @@ class RolloutResult:
     """Episodes of a policy.
 
     Attributes:
-        episodes: rows with `task`, `seed`, `success`, `first_success` (step or None), `steps`, `return`, `instruction`, `seconds`.
-        latency: milliseconds of a policy call: `p50`, `p95`, `mean`, and `calls`, `per_step` (mean, over the executed actions of
-            all slots). videos: files written. settings: what was rolled out, as JSON.
+        episodes: rows with `task`, `seed`, `success`, `first_success` (step or None), `steps`, `return`,
+            `instruction`, `seconds`.
+        latency: milliseconds of a policy call: `p50`, `p95`, `mean`, and `calls`, `per_step` (mean, over the executed
+            actions of all slots). videos: files written. settings: what was rolled out, as JSON.
     """
 
     episodes: list[dict[str, Any]]
@@ -88,7 +89,8 @@ class RolloutResult:
         if set(mine) != set(theirs) or not mine:
             odd = sorted(set(mine) ^ set(theirs))[:3]
             raise ConfigError(
-                f"a paired test needs the same episodes on both sides ({len(mine)} and {len(theirs)}); not shared: {odd}"
+                f"a paired test needs the same episodes on both sides ({len(mine)} and {len(theirs)}); "
+                f"not shared: {odd}"
             )
         only_a = sum(won and not theirs[k] for k, won in mine.items())
         only_b = sum(theirs[k] and not won for k, won in mine.items())

@@ -4,9 +4,10 @@
     slot.reset(seed=1)            # episode number 1 of the list: push-v3 with seed 8
     slot.step(chunk)              # 8 actions, one picture at the end
 
-It runs in a worker process. A chunk a step means one message and one picture where eight would be; the end of an episode stops a
-chunk midway. The end is told by `info["record"]`, never by `terminated`: Gymnasium's autoreset would start an episode of its own
-choice, and this slot waits for the next number instead, repeating its last observation without moving the simulator.
+It runs in a worker process. A chunk a step means one message and one picture where eight would be; the end of an
+episode stops a chunk midway. The end is told by `info["record"]`, never by `terminated`: Gymnasium's autoreset would
+start an episode of its own choice, and this slot waits for the next number instead, repeating its last observation
+without moving the simulator.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ class Slot(gym.Env[Observation, Any]):
         self.observation_space, self.single = _without_text(self.env.observation_space), self.env.action_space
         self.action_space = batch_space(self.single, execute)
         self.number = -1
-        self.playing = False
+        self.playing, self.success = False, False
         self.last: Observation = {}
+        self.frames: list[NDArray[np.uint8]] = []
+        self.instruction = ""
+        self.steps, self.reward, self.began = 0, 0.0, 0.0
+        self.first_success: int | None = None
 
     def _switch(self, index: int) -> RobotEnv:
         """The environment number `index` of the plan; the one before is closed, its OpenGL context with it."""
@@ -101,7 +106,8 @@ class Slot(gym.Env[Observation, Any]):
             )
             if mine != theirs:
                 raise ConfigError(
-                    f"{name} has other spaces than {self.plan.envs[0]} ({mine} against {theirs}); roll them out one after the other"
+                    f"{name} has other spaces than {self.plan.envs[0]} ({mine} against {theirs}); "
+                    "roll them out one after the other"
                 )
         return env
 
@@ -119,7 +125,7 @@ class Slot(gym.Env[Observation, Any]):
         self.steps, self.reward, self.success, self.first_success = 0, 0.0, False, None
         self.instruction = str(observation.pop("instruction"))
         self.last = observation
-        self.frames: list[NDArray[np.uint8]] = []
+        self.frames = []
         self._film(observation)
         return observation, {"instruction": self.instruction}
 

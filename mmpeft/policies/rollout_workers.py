@@ -1,7 +1,8 @@
 """The vector environment of a rollout: Gymnasium's, with workers that may die.
 
-Workers come from a fork server, a process that has imported the simulator but never drawn anything: a worker forked from a process
-that has drawn hangs at its first picture, and one that starts from nothing pays the imports again. A worker that is killed, or does
+Workers come from a fork server, a process that has imported the simulator but never drawn anything: a worker forked
+from a process that has drawn hangs at its first picture, and one that starts from nothing pays the imports again. A
+worker that is killed, or does
 not answer in time, is told apart from one that raises: the first is replaced, the second's error is the user's to see.
 """
 

@@ -1,13 +1,14 @@
-"""Training samples of a policy out of demonstrations: looking back over time, and pictures replaced by their cached prefix.
+"""Training samples of a policy out of demonstrations: looking back over time, and pictures replaced by their cached
+prefix.
 
     samples = PolicySamples(demonstrations, policy, cache="runs/prefix")
     samples.fill()                                       # every picture through the frozen prefix, once
-    samples[0]                                           # id, prefix [T, V, C, h, w], state [T, S], action, action_mask, ...
+    samples[0]                                           # id, prefix [T, copies, V, C, h, w], state [T, S], ...
 
-A frozen prefix allows no augmentation after the fact, so `copies` of each picture are cached: the first as it is, the others
-moved at random by up to `shift` pixels; training draws one of them, evaluation takes the first. Each episode is a file named
-by the digest of its pictures, of the encoder's prefix and of these options, so nothing stale is ever found; half precision
-was measured to cost no success.
+A frozen prefix allows no augmentation after the fact, so `copies` of each picture are cached: the first as it is, the
+others moved at random by up to `shift` pixels; training draws one of them, evaluation takes the first. Each episode is
+a file named by the digest of its pictures, of the encoder's prefix and of these options, so nothing stale is ever
+found; half precision was measured to cost no success.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ BATCH = 32  # pictures a forward: larger batches leave the cache of a core and w
 
 
 class PolicySamples(Dataset[dict[str, Any]]):
-    """Map-style dataset over the steps of demonstrations (`mmpeft.data.demos.Demonstrations`, or any with its attributes
-    `index` [(episode number, step)], `episodes` and `pictures(number)`).
+    """Map-style dataset over the steps of demonstrations (`mmpeft.data.demos.Demonstrations`, or any with its
+    attributes `index` [(episode number, step)], `episodes` and `pictures(number)`).
 
     Args:
-        demonstrations: samples with `state`, `instruction`, `action`, `action_mask` and, for policies that see, `images`.
+        demonstrations: samples with `state`, `instruction`, `action`, `action_mask` and, for policies that see,
+            `images`.
         policy: whose history, views and encoder the samples are for.
         cache: folder of the cached prefixes; None: pictures go through the whole encoder each time.
         copies, shift, seed: of the cached augmentation; 1 copy is none.
@@ -92,7 +94,8 @@ class PolicySamples(Dataset[dict[str, Any]]):
         if self.history > 1:
             sample["seen"] = torch.tensor([step - k * self.stride >= 0 for k in reversed(range(self.history))])
         if self.cache is not None:
-            sample["prefix"] = torch.from_numpy(np.stack([self._prefix(number)[s] for s in steps]))  # [T, copies, V, ...]
+            kept = self._prefix(number)
+            sample["prefix"] = torch.from_numpy(np.stack([kept[s] for s in steps]))  # [T, copies, V, C, h, w]
         elif self.sees:
             sample["images"] = torch.stack([p["images"] for p in past])
         return sample
@@ -101,8 +104,9 @@ class PolicySamples(Dataset[dict[str, Any]]):
 
     def fill(self, *, progress: Callable[[int, int], None] | None = None) -> float:
         """Encode the episodes that are not on disk yet; the seconds it took. `progress(done, of)` is called on the way."""
-        began, count = time.perf_counter(), len(self.demonstrations.episodes)
-        for number in range(count if self.cache is not None else 0):
+        began = time.perf_counter()
+        count = len(self.demonstrations.episodes) if self.cache is not None else 0
+        for number in range(count):
             self._prefix(number)
             if progress is not None:
                 progress(number + 1, count)
@@ -118,8 +122,9 @@ class PolicySamples(Dataset[dict[str, Any]]):
             found = _read(path)
             if found is None:
                 if self._encoder is None:
-                    raise ConfigError("the prefix cache was not filled before worker processes took it: call fill() first")
-                self._write(path, self._encode(torch.from_numpy(np.array(self.demonstrations.pictures(number))), number))
+                    raise ConfigError("the prefix cache was not filled before worker processes took it: call fill()")
+                pictures = torch.from_numpy(np.array(self.demonstrations.pictures(number)))
+                self._write(path, self._encode(pictures, number))
                 found = _read(path)
                 if found is None:
                     raise ConfigError(f"{path} cannot be read back right after it was written")
@@ -129,7 +134,8 @@ class PolicySamples(Dataset[dict[str, Any]]):
     def _file(self, number: int) -> Path:
         assert self.cache is not None
         if number not in self._files:
-            about = [content_id(np.array(self.demonstrations.pictures(number))), self._key, self.copies, self.shift, self.seed]
+            pictures = content_id(np.array(self.demonstrations.pictures(number)))
+            about = [pictures, self._key, self.copies, self.shift, self.seed]
             self._files[number] = self.cache / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.npy"
         return self._files[number]
 
@@ -141,8 +147,9 @@ class PolicySamples(Dataset[dict[str, Any]]):
         found = []
         for copy in range(self.copies):
             moved = flat if copy == 0 else random_shift(flat, generator, pixels=self.shift)
-            parts = [self._encoder.prefix(self._encoder.pixels(part)).half().cpu() for part in moved.split(BATCH)]
-            found.append(torch.cat(parts).unflatten(0, (steps, views)))
+            parts = [moved[i : i + BATCH] for i in range(0, len(moved), BATCH)]
+            start = torch.cat([self._encoder.prefix(self._encoder.pixels(part)).half().cpu() for part in parts])
+            found.append(start.reshape(steps, views, *start.shape[1:]))
         array: Array = torch.stack(found, 1).numpy()
         return array
 
@@ -170,7 +177,7 @@ class PolicyProcessor:
     """Samples of `PolicySamples` to batches of `Policy.forward`; refuses by name what does not fit.
 
     Args:
-        action_dim: of the robot (for discrete actions their number). state_dim: of the robot, 0 if the policy has no state.
+        action_dim: of the robot (for discrete actions their number). state_dim: of the robot, 0 if none is read.
     """
 
     def __init__(self, *, action_dim: int, state_dim: int, chunk: int, discrete: bool) -> None:
@@ -182,7 +189,7 @@ class PolicyProcessor:
         shape = (self.chunk,) if self.discrete else (self.chunk, self.action_dim)
         if tuple(action.shape) != shape:
             raise BadSample(f"{name}: actions have shape {list(action.shape)}, the policy's chunk is {list(shape)}")
-        item = {k: sample[k] for k in ("id", "instruction", "images", "seen") if k in sample}
+        item: dict[str, Any] = {k: v for k, v in sample.items() if k in ("id", "instruction", "images", "seen")}
         mask = sample.get("action_mask")
         item["action_mask"] = torch.ones(self.chunk, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
         if not bool(item["action_mask"].any()):
@@ -190,14 +197,16 @@ class PolicyProcessor:
         if self.discrete:
             wrong = (action < 0) | (action >= self.action_dim) | bool(action.is_floating_point())
             if bool((wrong & item["action_mask"]).any()):
-                raise BadSample(f"{name}: discrete actions are whole numbers 0 .. {self.action_dim - 1}, given {action.tolist()}")
+                valid = f"whole numbers 0 .. {self.action_dim - 1}"
+                raise BadSample(f"{name}: discrete actions are {valid}, given {action.tolist()}")
         elif not bool(torch.isfinite(action[item["action_mask"]]).all()):
             raise BadSample(f"{name}: the demonstrated action holds NaN or infinite values")
         item["action"] = action.long() if self.discrete else action.float()
         if self.state_dim:
             state = torch.as_tensor(sample["state"]).float()
             if state.shape[-1] != self.state_dim or not bool(torch.isfinite(state).all()):
-                raise BadSample(f"{name}: expected a finite state of {self.state_dim} numbers, given {list(state.shape)}")
+                size = list(state.shape)
+                raise BadSample(f"{name}: expected a finite state of {self.state_dim} numbers, given {size}")
             item["state"] = state
         if "prefix" in sample:
             copies = sample["prefix"]  # [T, copies, V, C, h, w]

@@ -1,6 +1,6 @@
 """Trunks: everything a policy senses in, feature tokens [B, N, D] for any head out.
 
-    MLPTrunk          maps flattened through a narrow 1x1 convolution, and an MLP: small, fast, and the recipe of `make robot`
+    MLPTrunk          maps flattened through a narrow 1x1 convolution, and an MLP: small, fast, what `make robot` uses
     TransformerTrunk  all senses as tokens, N readout tokens that attend to them
     LLMTrunk          the same with a frozen causal language model in between (trunks_llm.py)
 
@@ -78,7 +78,7 @@ class Trunk(Part):
         """
         if self.sizes is not None and (sizes, readouts) != (self.sizes, self.readouts):
             raise ConfigError(f"{type(self).__name__} was built for {self.sizes}, not for {sizes}")
-        if not sizes.maps and not sizes.state and not sizes.text:
+        if not (sizes.maps or sizes.state or sizes.text or self.reads_text):
             raise ConfigError("a policy without pictures, state and instruction senses nothing: give it one of them")
         if self.sizes is None:
             self.sizes, self.readouts = sizes, readouts
@@ -94,7 +94,7 @@ class Trunk(Part):
 
 
 class FlattenMaps(nn.Module):
-    """Maps of one frame, [N, C_i, h_i, w_i], to one vector [N, width]: norm, 1x1 convolution, ReLU, flatten, Linear, norm, tanh."""
+    """Maps of a frame to one vector: norm, 1x1 convolution and ReLU for each, flattened; then Linear, norm, tanh."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], views: int, channels: int, width: int) -> None:
         super().__init__()
@@ -147,10 +147,10 @@ class MLPTrunk(Trunk):
         if self.connector is not None:
             frames.append(self.connector(observed.maps))
         if self.state is not None and observed.state is not None:
-            known = observed.known
-            there = torch.ones(observed.state.shape[:2], dtype=torch.bool, device=observed.state.device) if known is None else known
-            value = torch.where(there.unsqueeze(-1), observed.state, 0)
-            frames.append(torch.tanh(self.state(torch.cat([value, there.unsqueeze(-1).to(value.dtype)], -1))))
+            value, known = observed.state, observed.known
+            there = torch.ones_like(value[..., :1], dtype=torch.bool) if known is None else known.unsqueeze(-1)
+            value = torch.where(there, value, 0)
+            frames.append(torch.tanh(self.state(torch.cat([value, there.to(value.dtype)], -1))))
         if frames:
             x = torch.cat(frames, -1)  # [B, T, F]
             parts.append((x if observed.seen is None else x * observed.seen.unsqueeze(-1)).flatten(1))
@@ -161,22 +161,21 @@ class MLPTrunk(Trunk):
 
 
 class MapTokens(nn.Module):
-    """Maps to tokens [B, T * V * cells, W]: LayerNorm over channels, Linear, and learned places for cell, view and time."""
+    """Maps to tokens [B, T * V * cells, W]: LayerNorm over channels, Linear, learned places for cell, view and time."""
 
     def __init__(self, sizes: Sizes, width: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c, _, _ in sizes.maps)
         self.project = nn.ModuleList(nn.Linear(c, width) for c, _, _ in sizes.maps)
         self.cells = nn.ParameterList(torch.randn(h * w, width) * 0.02 for _, h, w in sizes.maps)
-        self.views = nn.Parameter(torch.randn(sizes.views, 1, width) * 0.02)
-        self.times = nn.Parameter(torch.randn(sizes.history, 1, 1, width) * 0.02)
+        self.frames = nn.Parameter(torch.randn(sizes.history, sizes.views, width) * 0.02)
 
     def forward(self, maps: Sequence[Tensor], seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, T, V, C, h, w] each -> tokens [B, N, W] and their mask [B, N] (None: all valid)."""
         found, masks = [], []
         for m, norm, project, place in zip(maps, self.norms, self.project, self.cells, strict=True):
             cells = m.flatten(4).transpose(3, 4).float()  # [B, T, V, cells, C]
-            found.append((project(norm(cells)) + place + self.views + self.times).flatten(1, 3))
+            found.append((project(norm(cells)) + place + self.frames.unsqueeze(2)).flatten(1, 3))
             if seen is not None:
                 masks.append(seen.repeat_interleave(cells.shape[2] * cells.shape[3], 1))
         return torch.cat(found, 1), torch.cat(masks, 1) if seen is not None else None

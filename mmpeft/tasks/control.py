@@ -1,12 +1,12 @@
 """Behaviour cloning: a policy and a plan, trained on demonstrations, evaluated by rollouts.
 
     policy = Policy(encoder=TappedEncoder("package:efficientnet-lite0", taps=(2, 3), split=2), trunk=MLPTrunk(), ...)
-    task = ControlTask(policy, {"trunk": "full", "head": "full", "encoder.backbone.blocks.{3,4}.*": mmpeft.ConvAdapter()})
-    trainer.fit(task, ControlData(Demonstrations("demos/push", views=("close",), chunk=8)))
+    task = ControlTask(policy, {"trunk": "full", "head": "full", "encoder.backbone.blocks.{3,4}.*":
+    mmpeft.ConvAdapter()}) trainer.fit(task, ControlData(Demonstrations("demos/push", views=("close",), chunk=8)))
 
-Before anything is attached, the demonstrations are measured (normalisation, vocabularies, environment); all of it goes into
-the adapter, whose folder is then enough to act. `rollout` is a hook: any function of the policy that gives numbers, called
-every so many epochs and at the end of training; a policy's loss says little about its success.
+Before anything is attached, the demonstrations are measured (normalisation, vocabularies, environment); all of it goes
+into the adapter, whose folder is then enough to act. `rollout` is a hook: any function of the policy that gives
+numbers, called every so many epochs and at the end of training; a policy's loss says little about its success.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class ControlTask(AdapterTask):
     """Behaviour cloning of a `Policy`.
 
     Args:
-        model, plan, lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: see `AdapterTask`.
-        rollout: called with the policy; its numbers are logged as `rollout_<name>`. `functools.partial(evaluate, ...)` of
-            a function around `mmpeft.policies.rollout`, for instance.
+        model, plan, lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: see
+            `AdapterTask`.
+        rollout: called with the policy; its numbers are logged as `rollout_<name>`. `functools.partial(evaluate, ...)`
+            of a function around `mmpeft.policies.rollout`, for instance.
         rollout_every: epochs between rollouts; 0: only at the end of training.
         pad: allow a robot with fewer dimensions than the policy has.
 
@@ -79,8 +80,8 @@ class ControlTask(AdapterTask):
 
     def __init__(
         self, model: Policy, plan: Any = None, *, lr: float = 1e-3, weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999), warmup: float = 100, schedule: Schedule = "cosine", final_lr: float = 0.01,
-        adapter: str = "default", optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999), warmup: float = 100, schedule: Schedule = "cosine",
+        final_lr: float = 0.01, adapter: str = "default", optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         start_from: str | None = None, rollout: Rollout | None = None, rollout_every: int = 0, pad: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -131,7 +132,7 @@ class ControlTask(AdapterTask):
         return self.shared_loss(loss * count, count)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out loss, and the mean error of the predicted actions in the environment's units (discrete: how many are wrong)."""
+        """Held-out loss, and the mean error of the predicted actions in the environment's units (discrete: share)."""
         mask = batch["action_mask"]
         count = int(mask.sum())
         self.log("val_loss", self.model(batch), batch_size=count, sync_dist=True)
@@ -196,7 +197,8 @@ def chunks_of(demonstrations: Any, chunk: int) -> Tensor:
     for _, episode in demonstrations.episodes:
         actions = torch.as_tensor(episode["action"])
         if len(actions) >= chunk:
-            found.append(actions.unfold(0, chunk, 1).movedim(-1, 1) if actions.ndim == 2 else actions.unfold(0, chunk, 1))
+            windows = actions.unfold(0, chunk, 1)  # [M, A, chunk], of discrete actions [M, chunk]
+            found.append(windows.movedim(-1, 1))
     if not found:
         raise ConfigError(f"no episode is as long as a chunk of {chunk} steps; take a shorter chunk")
     return torch.cat(found)

@@ -46,11 +46,20 @@ def _blank(part: dict[str, Any]) -> dict[str, Any]:
     if "features" in part:
         return {**part, "features": torch.zeros_like(part["features"])}
     if part["type"] == "image":
-        from PIL import Image
-
-        return {**part, "image": Image.new("RGB", load_image(part["image"]).size, (GREY, GREY, GREY))}
+        return {**part, "image": _grey(part["image"])}
     wave = part["audio"]
     return {**part, "audio": torch.zeros_like(wave) if isinstance(wave, torch.Tensor) else np.zeros_like(wave)}
+
+
+def _grey(image: Any) -> Any:
+    """A mid-grey image in the form of `image`: a tensor, an array, or (for paths too) a PIL image."""
+    if isinstance(image, torch.Tensor):
+        return torch.full_like(image, GREY / 255 if image.is_floating_point() else GREY)
+    if isinstance(image, np.ndarray):
+        return np.full_like(image, GREY / 255 if np.issubdtype(image.dtype, np.floating) else GREY)
+    from PIL import Image
+
+    return Image.new("RGB", load_image(image).size, (GREY, GREY, GREY))
 
 
 def by_kind(right: Sequence[bool], kinds: Sequence[str | None]) -> dict[str, float]:

@@ -255,7 +255,10 @@ METHODS: dict[str, mmpeft.Method] = {
 FEW = {
     n: METHODS[n] for n in ("lora", "pissa", "dora", "vera", "ia3-out", "rocoft-columns", "full", "bitfit", "layernorm")
 }
-MAIN = [site for site in SITES if not site.variant]
+INITS = ("rslora", "lora-gaussian", "lora-orthogonal", "olora")
+STOOD_FOR = """linear-nobias conv1d conv3d conv-patch conv-same convt1d convt3d embedding-bag mha-whole
+direct-read-whole gru experts""".split()  # of a kind that another case stands for
+MAIN = [site for site in SITES if not site.variant and site.name not in STOOD_FOR]
 
 
 def grid(methods=METHODS, sites=SITES) -> list[tuple[str, SiteCase]]:
@@ -266,6 +269,8 @@ def grid(methods=METHODS, sites=SITES) -> list[tuple[str, SiteCase]]:
             return name in ("layernorm", "full") or (name == "bitfit" and "rms" not in site.name)
         if name == "bitfit":
             return site.biased and "[" not in site.match
+        if name in INITS and site.name not in ("linear-3d", "conv2d", "mha", "experts-transposed"):
+            return False  # an init or a scale knows nothing of the site's kind
         return name != "layernorm" and not (name == "vera" and site.stack)
 
     return [(name, site) for site in sites for name in methods if fits(name, site)]

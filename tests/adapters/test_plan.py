@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Attention, DirectRead, Host, Tied, _new_weight_norm, assert_same_object, deltas, snapshot
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -89,6 +89,7 @@ def test_patterns(pattern, expected):
     assert [path for path, _ in select(pattern, PATHS)] == expected
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["a", "bc", "d1", "q_proj"]), min_size=1, max_size=5), st.data())
 def test_a_path_matches_itself_with_any_segment_starred_and_with_a_leading_double_star(segments, data):
     path = ".".join(segments)
@@ -262,3 +263,20 @@ def test_grouped_query_attention_slices():
     )  # fmt: skip
     targets = resolve(transformers.Phi3ForCausalLM(config), Plan.read({"**.qkv_proj[q,k,v]": LORA}))
     assert [t.site.rows for t in targets] == [(0, 32), (32, 48), (48, 64)]
+
+
+def test_gates_of_recurrent_layers():
+    lstm = nn.LSTM(5, 4, proj_size=2)
+    assert [t.site.rows for t in resolve(lstm, Plan.read({"weight_{ih,hh}_l0[f]": LORA}))] == [(4, 8), (4, 8)]
+    with pytest.raises(NameNotFound, match="weight_hr_l0.*not a fused weight"):
+        resolve(lstm, Plan.read({".": LORA, "weight_hr_l0[f]": LORA}))
+    gru = nn.ModuleDict({"gru": nn.GRU(5, 4)})
+    assert [t.site.rows for t in resolve(gru, Plan.read({"gru[z]": LORA}))] == [(4, 8), (4, 8)]
+    model = nn.ModuleDict({"lstm": nn.LSTM(5, 4, batch_first=True)})
+    model.forward = lambda x: model.lstm(x)[0]  # type: ignore[method-assign]
+    mmpeft.attach(model, {"lstm[o]": LORA}, example=torch.randn(2, 3, 5))
+    with torch.no_grad():
+        for d in deltas(model, "default"):
+            d.B.fill_(1.0)
+    moved = (model.lstm.weight_hh_l0 - model.lstm._parameters["weight_hh_l0"]).abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == [12, 13, 14, 15]

@@ -59,7 +59,9 @@ class Episode:
     def __init__(self, seed, steps, dims=3, discrete=False):
         g = np.random.default_rng(seed)
         self.seed = seed
-        self.state = g.normal(size=(steps, 4)).astype(np.float32)
+        turn = g.uniform(0, 6) + 0.4 * np.arange(steps)  # what comes next follows from what is
+        place = np.tile(g.normal(size=2), (steps, 1))
+        self.state = np.concatenate([np.stack([np.sin(turn), np.cos(turn)], 1), place], 1).astype(np.float32)
         self.pictures = g.integers(0, 256, (steps, 1, SIDE, SIDE, 3)).astype(np.uint8)
         mix = np.random.default_rng(99).normal(size=(4, dims))
         self.action = (np.tanh(self.state @ mix) * 3 + 5).astype(np.float32)
@@ -74,10 +76,10 @@ class Episode:
 
 
 class Demos(torch.utils.data.Dataset):
-    """What `mmpeft.data.demos.Demonstrations` offers, from random episodes; actions are a function of the state."""
+    """What `mmpeft.data.demos.Demonstrations` offers; actions, also those to come, are a function of the state."""
 
-    def __init__(self, episodes=4, steps=12, chunk=5, dims=3, discrete=False):
-        self.episodes = [("", Episode(i, steps + i, dims, discrete)) for i in range(episodes)]
+    def __init__(self, episodes=4, steps=12, chunk=5, dims=3, discrete=False, first=0):
+        self.episodes = [("", Episode(first + i, steps + i, dims, discrete)) for i in range(episodes)]
         self.index = [(n, t) for n, (_, e) in enumerate(self.episodes) for t in range(len(e))]
         self.chunk = chunk
 

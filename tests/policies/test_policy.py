@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from .policy_kit import SIDE, Demos, Words, eyes, make_policy, observation
 
 import mmpeft
 from mmpeft.errors import BadSample, BaseMismatch, ConfigError, FileFormatError
 from mmpeft.policies import heads
 from mmpeft.policies.policy import load_policy, note_skill, save_policy
 from mmpeft.policies.trunks import MLPTrunk, TransformerTrunk
+
+from .policy_kit import SIDE, Demos, Words, eyes, make_policy, observation
 
 PLAN = {"trunk": "full", "head": "full", "encoder": "full"}
 

@@ -10,6 +10,7 @@ from tests.multimodal.kit import StubImage, build_model
 
 COLOURS = ("7", "12", "yes")
 PLAN = {"connectors.image": "full", "llm.**.{q,v}_proj": mmpeft.LoRA(rank=4, alpha=8)}
+STRONG = {"connectors.image": "full", "llm.**.{q,k,v,o,gate,up,down}_proj": mmpeft.LoRA(rank=8, alpha=16)}
 DROPOUT = {"connectors.image": "full", "llm.**.{q,v}_proj": mmpeft.LoRA(rank=4, alpha=8, dropout=0.2)}
 
 
@@ -38,7 +39,10 @@ class Colours(torch.utils.data.Dataset):
 def tiny(tokenizer):
     """The same weights every time."""
     torch.manual_seed(5)  # of the stub encoder, which is made before build_model seeds
-    return build_model("llama", tokenizer, image=StubImage(), audio=None, state=None, connector=MLP(depth=2, init_std=0.5))
+    model = build_model("llama", tokenizer, image=StubImage(), audio=None, state=None, connector=MLP(depth=2, init_std=0.5))
+    with torch.no_grad():  # a random model's padding row is zero, and its end of turn, the same token, could never be said
+        model.llm.get_input_embeddings().weight[2].normal_(std=0.2)
+    return model
 
 
 def task_of(tokenizer, plan=PLAN, **options) -> GenerationTask:

@@ -12,20 +12,21 @@ from mmpeft.errors import ConfigError, NameNotFound
 from mmpeft.tasks import AdapterCheckpoint, QuestionReport
 from mmpeft.tasks.features import CachedProcessor
 
-from .kit import PLAN, Colours, data_of, task_of, tiny
+from .kit import PLAN, STRONG, Colours, data_of, task_of, tiny
 
-FAST = {"lr": 2e-2, "betas": (0.9, 0.98)}
+FAST = {"lr": 1e-2, "betas": (0.9, 0.98)}
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def learned(tokenizer, tmp_path_factory):
     """Fitted until it answers: the task, its trainer, and the folder of its callbacks."""
     folder = tmp_path_factory.mktemp("learned")
-    task = task_of(tokenizer, **FAST, feature_cache=str(folder / "features"), calibrate=True)
+    task = task_of(tokenizer, STRONG, **FAST, feature_cache=str(folder / "features"), calibrate=True)
     torch.manual_seed(0)
     callbacks = [AdapterCheckpoint(str(folder / "adapter")), QuestionReport(str(folder), quick=4, shown=3)]
     trainer = lightning.Trainer(
-        accelerator="cpu", max_steps=60, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_steps=STEPS, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, default_root_dir=folder, callbacks=callbacks, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(task, datamodule=data_of(batch_size=6))
@@ -41,7 +42,7 @@ def test_it_learns_and_answers_held_out_questions_freely(learned):
     # three colours in turn: the majority answer of a question's text is right a third of the time
     assert result["majority_answer"]["all"] == pytest.approx(1 / 3)
     assert result["accuracy_language_only"]["all"] >= result["blank_images"]["all"]
-    assert result["steps"] == 60 and result["reloaded_equal"] is None
+    assert result["steps"] == STEPS and result["reloaded_equal"] is None
     said = json.loads((folder / "answers.json").read_text())
     assert [row["answer"] for row in said] == ["7", "12", "yes"] * 2
 
@@ -50,7 +51,7 @@ def test_validate_logs_scores_by_kind_and_keeps_the_answers(learned, make_traine
     task, _, _ = learned
     (scores,) = make_trainer().validate(task, datamodule=data_of(), verbose=False)
     assert scores["val_exact_match"] == scores["val_exact_match/long"] == scores["val_exact_match/short"] == 1.0
-    assert scores["val_loss"] < 0.5
+    assert scores["val_loss"] < 1.0  # chance is 5.8
     assert [a["answer"] for a in task.answers] == ["7", "12", "yes"] * 2
     predicted = make_trainer().predict(task, dataloaders=None, datamodule=predicting())
     assert [row["answer"] for batch in predicted for row in batch] == ["7", "12", "yes"] * 2
@@ -68,7 +69,7 @@ def test_a_fresh_model_loads_the_folder_and_answers_the_same(learned, tokenizer)
     mmpeft.load(model, folder / "adapter")
     questions = [Colours(6, seed=1)[i]["messages"] for i in range(6)]
     assert model.generate(questions, max_new_tokens=3) == ["7", "12", "yes"] * 2
-    assert mmpeft.read_metadata(folder / "adapter")["step"] == 60
+    assert mmpeft.read_metadata(folder / "adapter")["step"] == STEPS
 
 
 def test_start_from_evaluates_and_goes_on(learned, tokenizer, make_trainer):
@@ -94,11 +95,10 @@ def test_cached_features_train_like_the_encoder_itself(tokenizer, make_trainer, 
     assert list(tmp_path.rglob("tokens-*.safetensors"))
 
 
-def test_an_adapted_encoder_is_not_cached(tokenizer, make_trainer, tmp_path):
+def test_an_adapted_encoder_is_not_cached(tokenizer, tmp_path):
     plan = PLAN | {"encoders.image.backbone": mmpeft.LoRA(rank=2)}
-    task = task_of(tokenizer, plan, feature_cache=str(tmp_path))
     with pytest.raises(ConfigError, match="feature_cache.*encoders.image"):
-        make_trainer(max_steps=1).fit(task, datamodule=data_of())
+        task_of(tokenizer, plan, feature_cache=str(tmp_path))
 
 
 def test_frozen_tensors_never_change(learned, tokenizer):

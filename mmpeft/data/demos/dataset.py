@@ -3,8 +3,8 @@
     data = Demonstrations(["demos/push", "demos/reach"], views=("close",), image_size=96, chunk=8)
     data[12]    # images uint8 [N, H, W, 3], state [S], instruction, action [8, A], action_mask [8], task, seed, step
 
-The keys and layouts are those of an environment's observation, so a policy's `act` and its loss see the same thing. A chunk that runs
-over the end of its episode repeats the last action, and `action_mask` tells the real ones.
+The keys and layouts are those of an environment's observation, so a policy's `act` and its loss see the same thing. A
+chunk that runs over the end of its episode repeats the last action, and `action_mask` tells the real ones.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest
 
 
 class Demonstrations(Dataset[dict[str, Any]]):
-    """Map-style dataset over every step of every episode; picklable before pictures are rendered, fork-safe after `render`.
+    """Map-style dataset over every step of every episode; picklable before pictures are rendered, fork-safe after
+    `render`.
 
     Args:
         folders: one or several, with equal action and state sizes. chunk: actions a sample.
-        views, image_size, shift: as of `make_env`; views=() gives no pictures (state and blind policies). Of imported data,
-            `views` picks among the pictures that came with it.
+        views, image_size, shift: as of `make_env`; views=() gives no pictures (state and blind policies). Of imported
+            data, `views` picks among the pictures that came with it.
         episodes: use only the first so many of each folder (by seed).
-        wording: None keeps the recorded instruction; "canonical", "train" or "heldout" asks `sentences.py` (Metaworld only).
+        wording: None keeps the recorded instruction; "canonical", "train" or "heldout" asks `sentences.py` (Metaworld
+            only).
         every: a sample at every so-manieth step.
 
     Raises:
-        NameNotFound: no demonstrations there. FileFormatError: a damaged episode. ConfigError: folders that do not fit together,
-            a count out of range, or fewer episodes than asked for.
+        NameNotFound: no demonstrations there. FileFormatError: a damaged episode. ConfigError: folders that do not fit
+            together, a count out of range, or fewer episodes than asked for.
     """
 
     def __init__(
@@ -117,7 +119,8 @@ class Demonstrations(Dataset[dict[str, Any]]):
         """[T, N, H, W, 3] of episode `number`, rendered on first use.
 
         Raises:
-            ConfigError: the dataset was made without views. FileFormatError: pictures of another length than the episode.
+            ConfigError: the dataset was made without views. FileFormatError: pictures of another length than the
+                episode.
         """
         where, episode = self.episodes[number]
         if self._pictures is None:

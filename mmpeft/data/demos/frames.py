@@ -3,8 +3,9 @@
     frames = FrameCache("demos/push", views=("close",), image_size=96)
     frames[7]                                            # uint8 [T, N, H, W, 3] of seed 7, memory-mapped
 
-The folder's name is a digest of everything that decides a pixel (views, size, shift), so another camera never finds these pictures.
-Where a simulator has no states to restore, the recorded actions are replayed instead, and the states must agree.
+The folder's name is a digest of everything that decides a pixel (views, size, shift), so another camera never finds
+these pictures. Where a simulator has no states to restore, the recorded actions are replayed instead, and the states
+must agree.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class FrameCache:
         folder: of demonstrations. options: of `make_env` that decide pictures: views, image_size, shift.
 
     Raises:
-        NameNotFound, ConfigError: as `make_env`. NoGL: at the first picture that is not cached yet, where nothing can draw.
+        NameNotFound, ConfigError: as `make_env`. NoGL: at the first picture that is not cached yet, where nothing can
+            draw.
     """
 
     def __init__(self, folder: str | Path | DemoFolder, **options: Any) -> None:

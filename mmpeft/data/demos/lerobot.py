@@ -4,8 +4,8 @@ write_lerobot("demos/push", "lerobot/push", views=("corner2",), image_size=96)
 store = read_lerobot("lerobot/push", "demos/from_lerobot")
 
 meta/info.json                              features, fps, paths        meta/stats.json   statistics for normalisation
-meta/tasks.parquet                          instruction -> task_index   meta/episodes/... lengths, offsets, statistics by episode
-data/chunk-000/file-000.parquet             one row a step; pictures inside as PNG, unless video=True
+meta/tasks.parquet                          instruction -> task_index   meta/episodes/... lengths, offsets, statistics
+by episode data/chunk-000/file-000.parquet             one row a step; pictures inside as PNG, unless video=True
 videos/<key>/chunk-000/file-000.mp4         all episodes after one another
 """
 
@@ -45,11 +45,13 @@ def write_lerobot(
     """Write demonstrations as a new LeRobotDataset v3.0.
 
     Args:
-        folders: one or several tasks. views, image_size: pictures to render, as of `make_env`. fps: default the control rate.
+        folders: one or several tasks. views, image_size: pictures to render, as of `make_env`. fps: default the
+            control rate.
         video: pictures as H.264 in mp4 (lossy) in place of PNG in the Parquet file.
 
     Raises:
-        ConfigError: `target` exists, discrete actions, or video without views. MissingExtra: pyarrow, pandas or PyAV is missing.
+        ConfigError: `target` exists, discrete actions, or video without views. MissingExtra: pyarrow, pandas or PyAV
+            is missing.
     """
     pa, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     pandas, root = require("pandas", "data"), Path(target)
@@ -134,8 +136,8 @@ def read_lerobot(source: str | Path, folder: str | Path, *, images: Sequence[str
         images: picture keys to import ("observation.images.top"); default all. They must have one size.
 
     Raises:
-        NameNotFound: no dataset there, or no such key. FileFormatError: another version, or files that are missing, cut short or
-            do not fit together.
+        NameNotFound: no dataset there, or no such key. FileFormatError: another version, or files that are missing,
+            cut short or do not fit together.
     """
     root = Path(source)
     info = _info(root)

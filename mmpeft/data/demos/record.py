@@ -2,9 +2,10 @@
 
     collection = collect("metaworld:push-v3", episodes=50, noise=0.3, folder="demos/push")
 
-Noise is added to what is carried out, never to what is learned: the arm is pushed off its path, and the label says how the expert
-would return (Laskey et al. 2017, DART). An episode goes on for a few steps after success, so that a policy learns to hold still.
-Each recording is played again from its seed in a second simulator; every bit of every state must come back.
+Noise is added to what is carried out, never to what is learned: the arm is pushed off its path, and the label says how
+the expert would return (Laskey et al. 2017, DART). An episode goes on for a few steps after success, so that a policy
+learns to hold still. Each recording is played again from its seed in a second simulator; every bit of every state must
+come back.
 """
 
 from __future__ import annotations
@@ -68,13 +69,16 @@ def collect(
     Args:
         env: "metaworld:<task>" or "babyai:<level>". folder: where to; one environment a folder.
         seeds: tried in order; default 0, 1, 2, ... An episode without success is not kept.
-        noise: standard deviation of Gaussian noise on the carried-out action, where `action_noise_mask` allows it; for discrete
-            actions the chance of a random one. options: of `make_env` that change the episode (max_steps, instruction).
+        noise: standard deviation of Gaussian noise on the carried-out action, where `action_noise_mask` allows it; for
+            discrete actions the chance of a random one. options: of `make_env` that change the episode (max_steps,
+            instruction).
         extra_steps: recorded after success. check: replay each episode before it is kept.
 
     Raises:
-        ConfigError: a count or noise out of range, a folder of other demonstrations, or seeds that ran out (what was recorded stays).
-        NameNotFound: unknown environment or option. Unsupported: it has no expert. ReplayMismatch: a recording does not replay.
+        ConfigError: a count or noise out of range, a folder of other demonstrations, or seeds that ran out (what was
+            recorded stays).
+        NameNotFound: unknown environment or option. Unsupported: it has no expert. ReplayMismatch: a recording does
+            not replay.
     """
     for name, value, least in (("episodes", episodes, 1), ("extra_steps", extra_steps, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

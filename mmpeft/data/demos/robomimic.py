@@ -3,8 +3,8 @@
     write_robomimic("demos/push", "push.hdf5", views=("corner2",), image_size=84)
     store = read_robomimic("push.hdf5", "demos/from_robomimic", state=("state",), images=("corner2_image",))
 
-Layout (robomimic 0.3): `data/demo_0/{actions, rewards, dones, states, obs/<key>}`, the environment as JSON in `data.attrs["env_args"]`,
-and `mask/train`, `mask/valid` naming the demonstrations of a split.
+Layout (robomimic 0.3): `data/demo_0/{actions, rewards, dones, states, obs/<key>}`, the environment as JSON in
+`data.attrs["env_args"]`, and `mask/train`, `mask/valid` naming the demonstrations of a split.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def write_robomimic(
     """Write a folder of demonstrations as one HDF5 file, whole or not at all.
 
     Args:
-        views, image_size: pictures to render, as of `make_env`; each becomes `obs/<camera>_image`. valid: share of the validation mask.
+        views, image_size: pictures to render, as of `make_env`; each becomes `obs/<camera>_image`. valid: share of the
+            validation mask.
 
     Raises:
         NameNotFound: no demonstrations there. MissingExtra: h5py is not installed. ConfigError: `valid` outside 0..1.
@@ -86,11 +87,13 @@ def read_robomimic(
     """Import an HDF5 file into a new folder of demonstrations.
 
     Args:
-        state: keys of `obs` that are joined into the proprioception. images: keys of `obs` that are pictures of one size.
+        state: keys of `obs` that are joined into the proprioception. images: keys of `obs` that are pictures of one
+            size.
         mask: only the demonstrations of this split. instruction: for files that hold none.
 
     Raises:
-        NameNotFound: no such file, key or mask. FileFormatError: cut short, no robomimic file, or arrays that do not fit together.
+        NameNotFound: no such file, key or mask. FileFormatError: cut short, no robomimic file, or arrays that do not
+            fit together.
     """
     h5py = require("h5py", "robot")
     source = Path(file)

@@ -5,7 +5,8 @@
     demos/push/frames/<digest>/...           rendered pictures; may be deleted at any time
     demos/push/frames/imported/...           pictures that came with data of another format and cannot be rendered anew
 
-An episode is complete by itself, so whatever kills a recording, the episodes before stay readable. Files are never unpickled.
+An episode is complete by itself, so whatever kills a recording, the episodes before stay readable. Files are never
+unpickled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""BabyAI: instructions in a small language, in grid worlds whose picture alone does not say what to do. Actions are discrete.
+"""BabyAI: instructions in a small language, in grid worlds whose picture alone does not say what to do. Actions are
+discrete.
 
     env = BabyAIEnv("GoToLocal", image_size=56)         # any of BabyAI's levels: "BabyAI-GoToLocal-v0" without its ends
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
-from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps
+from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps, text_space
 from mmpeft.policies.envs.views import Noise, as_dataclass
 from mmpeft.policies.envs.wrappers import SensorNoise
 
@@ -32,7 +33,8 @@ class BabyAIEnv(RobotEnv):
         max_steps: None keeps the level's own limit. full_state: not available here. noise: sensor noise.
 
     Raises:
-        NameNotFound: unknown level or view. ConfigError: a size that 7 does not divide. MissingExtra: minigrid is not installed.
+        NameNotFound: unknown level or view. ConfigError: a size that 7 does not divide. MissingExtra: minigrid is not
+            installed.
     """
 
     control_hz = 8.0
@@ -63,11 +65,11 @@ class BabyAIEnv(RobotEnv):
         limit = {} if max_steps is None else {"max_steps": positive_steps("max_steps", max_steps)}
         self.sim: Any = gym.make(f"BabyAI-{task}-v0", disable_env_checker=True, **limit).unwrapped
         self.sensor_noise = SensorNoise(as_dataclass(Noise, noise))
-        self.action_space = gym.spaces.Discrete(int(self.sim.action_space.n))
+        self.action_space = gym.spaces.Discrete(len(self.sim.actions))
         self.action_noise_mask = np.array([True])
         spaces: dict[str, gym.Space[Any]] = {
             "state": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            "instruction": gym.spaces.Text(400),
+            "instruction": text_space(),
         }
         if self.views:
             spaces["images"] = gym.spaces.Box(0, 255, (1, image_size, image_size, 3), np.uint8)
@@ -106,7 +108,8 @@ class BabyAIEnv(RobotEnv):
         return picture
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "views": list(self.views) or None}
+        options = {"views": list(self.views), "image_size": self.image_size}
+        return {**super().describe(), "views": list(self.views) or None, "options": options}
 
     def close(self) -> None:
         self.sim.close()

@@ -1,4 +1,5 @@
-"""What every environment is: a Gymnasium environment whose step is split, so that a picture is drawn only when asked for.
+"""What every environment is: a Gymnasium environment whose step is split, so that a picture is drawn only when asked
+for.
 
 Drawing costs ten times the physics (8 ms against 0.3 ms for Metaworld on one core). So `advance` moves the simulator
 and gives no observation, `observe` makes one, and `step` is both: a policy that executes eight actions of a chunk pays
@@ -7,6 +8,7 @@ for one picture, not eight.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,8 @@ Array = NDArray[Any]
 
 
 class RobotEnv(gym.Env[Observation, Any]):
-    """Base class. A subclass sets `name`, the spaces and `max_steps`, and has the methods that raise `Unsupported` here.
+    """Base class. A subclass sets `name`, the spaces and `max_steps`, and has the methods that raise `Unsupported`
+    here.
 
     Attributes:
         name: "metaworld:push-v3". max_steps: an episode is truncated after so many actions.
@@ -41,7 +44,8 @@ class RobotEnv(gym.Env[Observation, Any]):
     text: str = ""
 
     def begin(self, seed: int | None) -> None:
-        """`reset` without an observation, so that nothing is drawn; None goes on in the sequence that the last seed began."""
+        """`reset` without an observation, so that nothing is drawn; None goes on in the sequence that the last seed
+        began."""
         raise Unsupported(f"{type(self).__name__} has no begin()")
 
     def advance(self, action: Any) -> tuple[float, bool, bool, dict[str, Any]]:
@@ -88,7 +92,8 @@ class RobotEnv(gym.Env[Observation, Any]):
         return self.frame()
 
     def describe(self) -> dict[str, Any]:
-        """What a policy trained here depends on, as JSON: goes into the adapter's metadata, checked by `check_trained_for`."""
+        """What a policy trained here depends on, as JSON: goes into the adapter's metadata, checked by
+        `check_trained_for`."""
         space = self.observation_space
         assert isinstance(space, gym.spaces.Dict)
         discrete = isinstance(self.action_space, gym.spaces.Discrete)
@@ -142,6 +147,11 @@ def check_action(action: Any, space: gym.Space[Any], where: str) -> Any:
     if not np.isfinite(value).all():
         raise ConfigError(f"{where}: an action must be finite, got {value.tolist()}")
     return np.clip(value, space.low, space.high).astype(space.dtype)
+
+
+def text_space() -> gym.spaces.Text:
+    """Any sentence in printable ASCII; Gymnasium's own default has no space character."""
+    return gym.spaces.Text(1000, min_length=0, charset=string.printable)
 
 
 def positive_steps(name: str, value: Any) -> int:

@@ -1,4 +1,5 @@
-"""Which OpenGL draws MuJoCo's pictures without a screen: chosen once, checked, and refused with the packages to install.
+"""Which OpenGL draws MuJoCo's pictures without a screen: chosen once, checked, and refused with the packages to
+install.
 
 `MUJOCO_GL` decides where it is set ("egl", "osmesa", "glfw"). Otherwise EGL is taken if a device initialises (an NVIDIA
 driver, or Mesa in software), else OSMesa. MuJoCo binds its back end when it is imported and fails only at the first

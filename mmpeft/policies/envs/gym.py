@@ -1,10 +1,10 @@
 """Any environment that Gymnasium knows, with pixels or state, as `{images, state, instruction}`.
 
-    env = GymEnv("FrankaKitchen-v1", state="observation", instruction="open the microwave", success="episode_return >= 1")
-    env = GymEnv("Pendulum-v1", views=(), success="reward >= -0.1")
+    env = GymEnv("FrankaKitchen-v1", state="observation", instruction="open the microwave", success="episode_return >=
+    1") env = GymEnv("Pendulum-v1", views=(), success="reward >= -0.1")
 
-What the package cannot know is said in words: which part of a dict observation is the state, what counts as success, what the
-robot is told.
+What the package cannot know is said in words: which part of a dict observation is the state, what counts as success,
+what the robot is told.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
-from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps
+from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps, text_space
 from mmpeft.policies.envs.views import Noise, as_dataclass
 from mmpeft.policies.envs.wrappers import SensorNoise
 
@@ -38,13 +38,15 @@ class GymEnv(RobotEnv):
         task: its id, "Pendulum-v1"; "module:id" imports a module first, as in Gymnasium.
         views: ("render",) draws with the environment's own `rgb_array` mode, () draws nothing.
         image_size: pictures are resized to this side. max_steps: None keeps the environment's own limit.
-        state: key of a dict observation that is the proprioception ("a/b" goes deeper); None takes a flat observation whole.
-        instruction: what the robot is told. success: a key of `info`, or a comparison of `reward` or `episode_return` with a number.
+        state: key of a dict observation that is the proprioception ("a/b" goes deeper); None takes a flat observation
+            whole.
+        instruction: what the robot is told. success: a key of `info`, or a comparison of `reward` or `episode_return`
+            with a number.
         full_state: observations also hold the whole flat observation. noise: sensor noise. kwargs: of `gym.make`.
 
     Raises:
-        NameNotFound: no such id, or no such key in the observation. ConfigError: pictures of an environment that draws none, an
-            action space that is neither a Box nor Discrete, or a `success` that cannot be read.
+        NameNotFound: no such id, or no such key in the observation. ConfigError: pictures of an environment that draws
+            none, an action space that is neither a Box nor Discrete, or a `success` that cannot be read.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class GymEnv(RobotEnv):
         state, whole = self._part(raw), gym.spaces.flatdim(raw)
         spaces: dict[str, gym.Space[Any]] = {
             "state": gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(state),), np.float32),
-            "instruction": gym.spaces.Text(400, min_length=0),
+            "instruction": text_space(),
         }
         self._state_space = state
         if self.views:
@@ -153,7 +155,8 @@ class GymEnv(RobotEnv):
         )
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "views": list(self.views) or None}
+        options = {"views": list(self.views), "image_size": self.image_size, "state": self.key}
+        return {**super().describe(), "views": list(self.views) or None, "options": options}
 
     def close(self) -> None:
         self.sim.close()

@@ -1,14 +1,17 @@
-"""Metaworld's 50 manipulation tasks, with `reset(seed)` that decides the episode and pictures drawn only when asked for.
+"""Metaworld's 50 manipulation tasks, with `reset(seed)` that decides the episode and pictures drawn only when asked
+for.
 
     env = MetaworldEnv("push-v3", views=("close",), image_size=96)
     observation, info = env.reset(seed=50_000)
 
-Three things the library (3.1) does otherwise: it ignores the seed of `reset`; it hides the goal from the full state and, if told not
-to, keeps clipping the goal to zero by a cached space; its renderer draws every model of a process with one context.
+Three things the library (3.1) does otherwise: it ignores the seed of `reset`; it hides the goal from the full state
+and, if told not to, keeps clipping the goal to zero by a cached space; its renderer draws every model of a process
+with one context.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
-from mmpeft.policies.envs.base import Array, Observation, RobotEnv, check_action, positive_steps
+from mmpeft.policies.envs.base import Array, Observation, RobotEnv, check_action, positive_steps, text_space
 from mmpeft.policies.envs.renderer import Renderer
 from mmpeft.policies.envs.sentences import SENTENCES, Wording, sentence
 from mmpeft.policies.envs.views import Noise, Shift, View, as_dataclass, as_views, digest
@@ -31,7 +34,8 @@ class MetaworldEnv(RobotEnv):
     """One Metaworld task.
 
     Args:
-        task: "push-v3", ... (50). views: pictures an observation holds: names of `views.VIEWS`, cameras, or `View`s; () for none.
+        task: "push-v3", ... (50). views: pictures an observation holds: names of `views.VIEWS`, cameras, or `View`s;
+            () for none.
         image_size: side of the pictures in pixels. max_steps: at most 500.
         full_state: observations also hold the 39 numbers that the scripted expert reads.
         instruction: "canonical", or "train" or "heldout" to draw a paraphrase by the episode's seed.
@@ -87,7 +91,7 @@ class MetaworldEnv(RobotEnv):
         size = self.image_size
         spaces: dict[str, gym.Space[Any]] = {
             "state": gym.spaces.Box(-np.inf, np.inf, (STATE,), np.float32),
-            "instruction": gym.spaces.Text(400),
+            "instruction": text_space(),
         }
         if self.views:
             spaces["images"] = gym.spaces.Box(0, 255, (len(self.views), size, size, 3), np.uint8)
@@ -146,7 +150,9 @@ class MetaworldEnv(RobotEnv):
     def describe(self) -> dict[str, Any]:
         """As the base class says, with the views; `looks` names what decides a pixel, the shift included."""
         looks = digest(*self.views, self.look, self.image_size) if self.views else None
-        return {**super().describe(), "views": digest(*self.views) if self.views else None, "looks": looks}
+        options = {"views": [dataclasses.asdict(v) for v in self.views], "image_size": self.image_size}
+        views = digest(*self.views) if self.views else None
+        return {**super().describe(), "views": views, "looks": looks, "options": options}
 
     def close(self) -> None:
         self.renderer.close()

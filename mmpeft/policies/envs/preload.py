@@ -1,7 +1,7 @@
 """Imported by the fork server before it forks simulator workers, so that each worker starts in milliseconds.
 
-It imports and never draws: an OpenGL context does not survive a fork. What is not installed here is reported by the worker that
-needs it.
+It imports and never draws: an OpenGL context does not survive a fork. What is not installed here is reported by the
+worker that needs it.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
 """Pictures of one MuJoCo model: own OpenGL context, shadows, reflections and multisampling off, always upright.
 
-Measured with software OpenGL on one core (Metaworld's reach, 96 px): the simulator's own renderer 16 frames/s whatever the size,
-this one about 100 to 150. One context a model: Gymnasium's shared renderer draws wrong pictures as soon as two different models
-live in one process. Pictures are drawn from a second `MjData`, filled from the simulator's state, so that looking never
-changes what happens next (a forward pass would touch the solver's warm start), and a stored state gives the very same pixels.
+Measured with software OpenGL on one core (Metaworld's reach, 96 px): the simulator's own renderer 16 frames/s whatever
+the size, this one about 100 to 150. One context a model: Gymnasium's shared renderer draws wrong pictures as soon as
+two different models live in one process. Pictures are drawn from a second `MjData`, filled from the simulator's state,
+so that looking never changes what happens next (a forward pass would touch the solver's warm start), and a stored
+state gives the very same pixels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Renderer:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._gl: Any = None
+        self._context: Any = None
         self._looks = {name: getattr(model, name).copy() for name in _LOOKS}
         self._headlight = [np.array(getattr(model.vis.headlight, n)) for n in ("diffuse", "ambient")]
 

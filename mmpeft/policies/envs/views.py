@@ -64,8 +64,10 @@ class Shift:
 
     Args:
         camera: every camera moves by up to so many metres along each axis. light: brightness changes by up to this
-            share, and lights move by up to so many metres. colour: each material's red, green and blue change by up to this share.
-        seed: None draws anew each episode, from the episode's seed (domain randomisation); a number is one fixed other world.
+            share, and lights move by up to so many metres. colour: each material's red, green and blue change by up to
+            this share.
+        seed: None draws anew each episode, from the episode's seed (domain randomisation); a number is one fixed other
+            world.
     """
 
     camera: float = 0.0
@@ -154,4 +156,5 @@ def shrink(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
         return picture
     h, w = picture.shape[0] // factor, picture.shape[1] // factor
     blocks = picture.reshape(h, factor, w, factor, 3).astype(np.uint16)
-    return ((blocks.sum((1, 3)) + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+    rounded: NDArray[np.uint8] = ((blocks.sum((1, 3)) + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+    return rounded

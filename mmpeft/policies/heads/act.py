@@ -39,11 +39,11 @@ class ACTHead(Head):
         width = self.width
         self.read_action = nn.Linear(self.action_dim, width)
         self.read_features = nn.Linear(self.in_dim, width)
-        self.style_token = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
+        self.style_token = nn.Parameter(torch.zeros(1, width).normal_(std=0.02))
         self.encoder = nn.ModuleList(Block(width, self.heads) for _ in range(self.encoder_depth))
         self.to_style = nn.Linear(width, 2 * self.latent)
         self.from_style = nn.Linear(self.latent, width)
-        self.queries = nn.Parameter(torch.zeros(1, self.chunk, width).normal_(std=0.02))
+        self.queries = nn.Parameter(torch.zeros(self.chunk, width).normal_(std=0.02))
         self.decoder = nn.ModuleList(Block(width, self.heads, context_dim=width) for _ in range(self.decoder_depth))
         self.norm, self.to_actions = nn.LayerNorm(width), nn.Linear(width, self.action_dim)
 

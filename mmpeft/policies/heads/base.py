@@ -31,7 +31,7 @@ class Head(Part):
     """Base class of the action heads; subclasses write `_build`, `_loss` and `predict`.
 
     Attributes:
-        in_dim, action_dim, chunk: D, A (of a discrete head the number of actions) and the steps of a chunk; 0 until `build`.
+        in_dim, action_dim, chunk: D, A (of a discrete head the number of actions), steps of a chunk; 0 until `build`.
         readouts: N, the feature tokens it reads: 1 or chunk.
         discrete: whether actions are class indices [B, chunk] instead of vectors.
     """
@@ -116,7 +116,8 @@ class Head(Part):
             features = features.unsqueeze(1)
         if features.ndim != 3 or tuple(features.shape[1:]) != (self.readouts, self.in_dim):
             raise ConfigError(
-                f"{type(self).__name__} expects features [B, {self.readouts}, {self.in_dim}], given {list(features.shape)}"
+                f"{type(self).__name__} expects features [B, {self.readouts}, {self.in_dim}], "
+                f"given {list(features.shape)}"
             )
         return features
 
@@ -152,7 +153,8 @@ class ToChunk(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         for block in self.blocks:
             features = features + block(features)
-        return self.linear(features).view(features.shape[0], self.chunk, self.out)
+        out: Tensor = self.linear(features)
+        return out.view(features.shape[0], self.chunk, self.out)
 
 
 def valid_mean(per_number: Tensor, mask: Tensor) -> Tensor:

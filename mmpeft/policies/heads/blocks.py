@@ -48,15 +48,17 @@ class Attention(nn.Module):
         if mask is not None:
             none = ~mask.any(1)  # their softmax would be over nothing: let it see all, and drop the answer
             allowed = allowed | none[:, None, None, None]  # type: ignore[operator]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        out: Tensor = self.out_proj(found.transpose(1, 2).flatten(2))
         return out if none is None else out.masked_fill(none[:, None, None], 0.0)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; with `context_dim`, cross-attention after the self-attention."""
 
-    def __init__(self, dim: int, heads: int, *, context_dim: int | None = None, ratio: int = 4, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, context_dim: int | None = None, ratio: int = 4, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
         self.cross = None if context_dim is None else Attention(dim, heads, context_dim)
@@ -71,7 +73,8 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.norm1(x), mask=mask, causal=causal))
         if self.cross is not None and self.norm_cross is not None:
             x = x + self.dropout(self.cross(self.norm_cross(x), context, context_mask))
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        h: Tensor = self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + h
 
 
 def sine_positions(count: int, dim: int, device: torch.device | None = None) -> Tensor:

@@ -53,4 +53,6 @@ class _TimedBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(t)).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         x = x + self.cross(self.norm_cross(x), context)
-        return x + gate2 * self.fc2(F.gelu(self.fc1(self.norm2(x) * (1 + scale2) + shift2)))
+        h: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x) * (1 + scale2) + shift2)))
+        out: Tensor = x + gate2 * h
+        return out

@@ -1,8 +1,8 @@
-"""The FAST head: a chunk as a short sequence of `FASTTokeniser` tokens, decoded one after the other from the features.
+"""The FAST head: a chunk as a short sequence of `FASTTokeniser` tokens, decoded one after the other.
 
-A small causal transformer reads the features by cross-attention. Decoding is constrained: a token is allowed only if the
-coefficients it stands for still fit into the chunk, so every sequence decodes; as single coefficients are tokens too,
-there always is one. A sequence ends where the chunk is full, hence no end token.
+A small causal transformer reads the features by cross-attention. Decoding is constrained: a token is allowed only if
+the coefficients it stands for still fit into the chunk, so every sequence decodes; as single coefficients are tokens
+too, there always is one. A sequence ends where the chunk is full, hence no end token.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class FASTHead(Head):
         given = FASTTokeniser.from_dict(facts["fast"])
         if (given.chunk, given.action_dim) != (self.chunk, self.action_dim) or given.size > self.vocabulary:
             raise ConfigError(
-                f"a FAST tokeniser of {given.size} tokens for chunks [{given.chunk}, {given.action_dim}] does not fit a head "
-                f"of {self.vocabulary} tokens for chunks [{self.chunk}, {self.action_dim}]"
+                f"a FAST tokeniser of {given.size} tokens for chunks [{given.chunk}, {given.action_dim}] does not fit "
+                f"a head of {self.vocabulary} tokens for chunks [{self.chunk}, {self.action_dim}]"
             )
         self.tokeniser = given
 
@@ -74,7 +74,7 @@ class FASTHead(Head):
         return self.tokeniser
 
     def logits(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Features [B, N, D] and the tokens so far [B, T] -> logits [B, T + 1, vocabulary] of what follows each prefix."""
+        """Features [B, N, D] and tokens so far [B, T] -> logits [B, T + 1, vocabulary] of what follows each prefix."""
         start = tokens.new_full((len(tokens), 1), self.vocabulary)
         ids = torch.cat([start, tokens], 1)
         x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))

@@ -3,8 +3,8 @@
     chunk [C, A] -> DCT-II over time, per dimension -> round(scale * coefficient) -> low frequencies first -> BPE
 
 Smooth motion has few coefficients that are not zero, and runs of zeros become single tokens. The published code gives
-an action of zeros when a token sequence does not decode, which moves a robot; here a malformed sequence is an error, and
-`allowed` says which tokens keep a sequence well formed, so that a decoder can be constrained never to make one.
+an action of zeros when a token sequence does not decode, which moves a robot; here a malformed sequence is an error,
+and `expansions` says what each token stands for, so that a decoder can be constrained never to write one.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class FASTTokeniser:
         alphabet = high - low + 1
         if alphabet > vocabulary:
             raise ConfigError(
-                f"{alphabet} different coefficients do not fit a vocabulary of {vocabulary}; take a larger vocabulary or a "
-                f"scale below {scale}"
+                f"{alphabet} different coefficients do not fit a vocabulary of {vocabulary}; take a larger vocabulary "
+                f"or a scale below {scale}"
             )
         rows = (numbers[:: max(1, len(numbers) // PAIRS_FROM)] - low).tolist()
         merges = learn_merges(rows, alphabet, vocabulary - alphabet)
@@ -141,7 +141,7 @@ class FASTTokeniser:
 def learn_merges(rows: list[list[int]], alphabet: int, count: int) -> tuple[tuple[int, int], ...]:
     """Byte-pair encoding: `count` times, the most frequent neighbouring pair becomes a new token.
 
-    Ties go to the smaller pair, so that the result does not depend on the order of the rows. Stops when no pair repeats.
+    Ties go to the smaller pair, so the result does not depend on the order of the rows. Stops when no pair repeats.
     """
     rows = [list(row) for row in rows]
     where: dict[tuple[int, int], set[int]] = {}

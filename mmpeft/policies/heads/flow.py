@@ -30,7 +30,7 @@ class FlowHead(Head):
     ) -> None:  # fmt: skip
         super().__init__()
         if predict_steps < 1 or len(beta) != 2 or min(beta) <= 0:
-            raise ConfigError(f"need predict_steps of 1 or more and a positive beta pair, given {predict_steps} and {beta}")
+            raise ConfigError(f"predict_steps is 1 or more and beta a positive pair, given {predict_steps} and {beta}")
         self.predict_steps, self.beta = predict_steps, (float(beta[0]), float(beta[1]))
         self.width, self.depth, self.heads = width, depth, heads
 

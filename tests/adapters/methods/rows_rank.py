@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from table import Row, outer
 
-from mmpeft.adapters import dynamic_rank
+from mmpeft.adapters import dynamic_rank, lora_noise, lora_prune, quantised
 
 RANK_ROWS = {
     "dylora": Row(
@@ -46,6 +46,41 @@ RANK_ROWS = {
         dynamic_rank.CapaBoost(rank=4, d=3, alpha=8),
         lambda W, p: W + 2 * sum((p["B"] * N) @ (p["A"] * M) for N, M in zip(p["N"], p["M"], strict=True)),
         lambda o, i: 4 * (o + i),
+        factored=True,
+    ),
+}
+
+RANK_ROWS |= {
+    "loraprune": Row(
+        lora_prune.LoRAPrune(rank=4, alpha=8),
+        lambda W, p: torch.diag(p["mask"]) @ (W + 2 * p["B"] @ p["A"]),
+        lambda o, i: 4 * (o + i),
+        factored=True,
+        stacks=False,
+    ),
+    "loraprune-columns": Row(
+        lora_prune.LoRAPrune(rank=4, axis="columns", group=4),
+        lambda W, p: (W + p["B"] @ p["A"]) @ torch.diag(p["mask"]),
+        lambda o, i: 4 * (o + i),
+        factored=True,
+        stacks=False,
+    ),
+    "lora-dropout": Row(
+        lora_noise.LoRADropout(rank=4, alpha=8),
+        lambda W, p: W + 2 * p["B"] @ p["A"],
+        lambda o, i: 4 * (o + i),
+        factored=True,
+    ),
+    "periodic-lora": Row(
+        lora_noise.PeriodicLoRA(rank=4, stages=2),
+        lambda W, p: W + p["B"] @ p["A"] + p["B_past"] @ p["A_past"],
+        lambda o, i: 4 * (o + i),
+        factored=True,
+    ),
+    "qa-lora": Row(
+        quantised.QALoRA(rank=2, group=2, alpha=8),
+        lambda W, p: W + 4 / 2 * p["B"] @ torch.kron(p["A"], torch.ones(1, 2, dtype=W.dtype)),
+        lambda o, i: 2 * (o + i // 2),
         factored=True,
     ),
 }

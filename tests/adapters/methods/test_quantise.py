@@ -1,0 +1,416 @@
+"""Quantised bases: published NF4 levels, sizes and errors; engine behaviour on packed weights; methods on the grid."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import close, deltas, fill
+from torch import nn
+
+import mmpeft
+from mmpeft.adapters import nf4, quantise, quantised
+from mmpeft.adapters.fingerprint import fingerprint
+from mmpeft.adapters.integer import FP8, Int, pack, unpack
+from mmpeft.adapters.packed_weight import PackedWeight
+from mmpeft.errors import ConfigError, FileFormatError, MmpeftError, NameNotFound, Unsupported
+
+ALL = [nf4.NF4(), nf4.NF4(double=False), Int(8), Int(4, 8), Int(4, 8, True), Int(2, 4), Int(8, affine=True), FP8()]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up = nn.Linear(16, 24)
+        self.down = nn.Linear(24, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(self.norm(x))))))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def test_nf4_levels_are_the_papers_quantiles():
+    """8 quantiles of N(0, 1) below 0 and 9 from 0 up, ends at (1 - 1/32 + 1 - 1/30) / 2, scaled to [-1, 1]."""
+    end = (1 - 1 / 30 + 1 - 1 / 32) / 2
+    up = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64))[:-1]
+    down = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64))[:-1]
+    expected = torch.cat([up, torch.zeros(1), down]).sort().values
+    assert close(torch.tensor(nf4.LEVELS, dtype=torch.float64), expected / expected.abs().max(), 2e-6)
+
+
+def test_nf4_sizes_and_errors_are_the_published_ones():
+    """4.127 bits with double quantisation (paper, section 3); mean |error| 0.0728 and relative 0.203 on N(0, 1) without
+    it, which bitsandbytes' own tests hold."""
+    torch.manual_seed(0)
+    W = torch.randn(1024, 512)
+    plain, double = PackedWeight.of(W, nf4.NF4(double=False)), PackedWeight.of(W, nf4.NF4())
+    assert 8 * double.packed_bytes / W.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
+    assert 8 * plain.packed_bytes / W.numel() == 4.5
+    error = (plain.dense() - W).abs()
+    assert float(error.mean()) == pytest.approx(0.0728, abs=3e-4)
+    assert float((error / W.abs().clamp_min(1e-8)).mean()) == pytest.approx(0.2033, abs=2e-3)
+    assert float((double.dense() - W).abs().mean()) < 1.01 * float(error.mean())
+
+
+def test_nf4_is_the_nearest_level_of_its_block():
+    torch.manual_seed(0)
+    W = torch.randn(5, 37)  # 185 values: the last block is short, and the last byte half full
+    found = PackedWeight.of(W, nf4.NF4(double=False)).dense().flatten()
+    table = torch.tensor(nf4.LEVELS)
+    for start in range(0, 185, 64):
+        block = W.flatten()[start : start + 64]
+        scale = block.abs().max()
+        nearest = table[(block[:, None] / scale - table).abs().argmin(1)] * scale
+        assert close(found[start : start + 64], nearest, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_integers_by_their_formula(bits):
+    torch.manual_seed(0)
+    W, top = torch.randn(3, 12), 2 ** (bits - 1) - 1
+    groups = W.view(3, 3, 4)
+    s = groups.abs().amax(-1, keepdim=True) / top
+    assert close(PackedWeight.of(W, Int(bits, 4)).dense(), ((groups / s).round() * s).view(3, 12), 1e-6)
+    low, step = groups.amin(-1, keepdim=True), (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True))
+    step = step / (2**bits - 1)
+    expected = (((groups - low) / step).round() * step + low).view(3, 12)
+    assert close(PackedWeight.of(W, Int(bits, 4, True)).dense(), expected, 1e-6)
+    codes = torch.randint(0, 2**bits, (13,), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, bits), bits, 13), codes)
+    assert pack(codes, bits).numel() == -(-13 * bits // 8)
+
+
+def test_fp8_is_a_cast_with_a_row_scale():
+    W = torch.randn(4, 9)
+    s = W.abs().amax(1, keepdim=True) / 448
+    assert close(PackedWeight.of(W, FP8()).dense(), (W / s).to(torch.float8_e4m3fn).float() * s, 1e-6)
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=str)
+def test_a_packed_weight_is_a_parameter_like_any_other(scheme):
+    model, x = net(), torch.randn(3, 5, 16)
+    quantise.quantise(model, "{up,down}", scheme)
+    dense = copy.deepcopy(model)
+    assert quantise.dequantise(dense) == ["up", "down"] and type(dense.up.weight) is nn.Parameter
+    y = model(x)
+    assert isinstance(model.up.weight, nn.Parameter) and close(y, dense(x), 1e-6)
+    assert fingerprint(model) == fingerprint(dense)
+    twin = copy.deepcopy(model)
+    assert isinstance(twin.up.weight, PackedWeight) and torch.equal(twin(x), y)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = net()
+    quantise.quantise(other, "{up,down}", scheme)
+    other.load_state_dict(torch.load(buffer, weights_only=False))
+    assert torch.equal(other(x), y)
+    moved = copy.deepcopy(model).bfloat16()
+    assert moved.up.weight.dtype == torch.bfloat16 and moved(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(moved.up.weight.packed["codes"], model.up.weight.packed["codes"])
+    fresh = torch.randn(24, 16)
+    with torch.no_grad():
+        model.up.weight.copy_(fresh)
+    assert torch.equal(model.up.weight.dense(), PackedWeight.of(fresh, scheme).dense())
+
+
+def test_gradients_pass_and_no_dense_weight_is_saved():
+    model, x = net(), torch.randn(3, 5, 16, requires_grad=True)
+    quantise.quantise(model, "{up,down}", "nf4")
+    dense = copy.deepcopy(model)
+    quantise.dequantise(dense)
+    for p in [*model.parameters(), *dense.parameters()]:
+        p.requires_grad_(False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        y = model(x)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert not {(24, 16), (16, 24), (8, 24), (24, 8)} & set(saved) and (3, 5, 24) in saved
+    (e,) = torch.autograd.grad(dense(x).sum(), x)
+    assert close(g, e, 1e-6)
+    model.up.bias.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    model(x).sum().backward()
+    assert model.up.bias.grad.shape == (24,)
+
+
+def test_qlora_trains_on_a_packed_base_without_forming_the_weight(tmp_path, monkeypatch):
+    model, x = net(), torch.randn(32, 16)
+    quantise.quantise(model, "{up,down}", "nf4")
+    with torch.no_grad():
+        base = model(x)
+    mmpeft.attach(model, {"{up,down}": mmpeft.LoRA(rank=2)}, name="a", example=x)
+    assert torch.equal(model(x), base) or close(model(x), base, 1e-6)
+    before = model.up.weight  # the property: W' = W
+    assert type(before) is torch.Tensor
+    stored = {n: p.packed["codes"].clone() for n, p in model.named_parameters() if isinstance(p, PackedWeight)}
+    from mmpeft.adapters import slot as slot_module
+
+    monkeypatch.setattr(slot_module, "apply", lambda w, d: pytest.fail("W' was formed"))
+    torch.manual_seed(1)
+    target = base + torch.tanh(x @ torch.randn(16, 3))
+    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.03))
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    monkeypatch.undo()
+    with mmpeft.use(model, None):
+        assert close(model(x), base, 1e-6)
+    assert all(torch.equal(p.packed["codes"], stored[n]) for n, p in model.named_parameters() if n in stored)
+    y = model(x).detach()
+    assert mmpeft.merge(model, check=x) < 1e-5
+    mmpeft.unmerge(model)
+    mmpeft.save(model, tmp_path)
+    other = net()
+    quantise.quantise(other, "{up,down}", "nf4")
+    mmpeft.load(other, tmp_path)
+    assert close(other(x), y, 1e-6)
+    with pytest.raises(MmpeftError, match="another base|same tensor names"):
+        mmpeft.load(net(), tmp_path)
+    mmpeft.detach(model)
+    assert isinstance(model.up.weight, PackedWeight)
+
+
+@pytest.mark.parametrize(
+    "method", [mmpeft.DoRA(rank=2), mmpeft.LoHa(rank=2), mmpeft.IA3(), mmpeft.RoCoFT(rank=2)], ids=lambda m: m.name
+)
+def test_other_methods_work_on_packed_bases(method):
+    model, x = net(), torch.randn(4, 16)
+    quantise.quantise(model, "{up,down}", Int(8))
+    with torch.no_grad():
+        base = model(x)
+    mmpeft.attach(model, {"up": method}, name="a", example=x)
+    assert close(model(x), base, 1e-5)
+    fill(model)
+    dense = method.weight(model.up._parameters["weight"].dense(), deltas(model)[0])
+    assert close(model.up.weight, dense, 1e-6) and not close(model(x), base, 1e-3)
+
+
+def test_loftq_alternates_and_beats_plain_rounding(tmp_path):
+    model, x = net(), torch.randn(3, 16)
+    W = model.up.weight.detach().clone()
+    Q, product = None, torch.zeros_like(W)
+    for _ in range(3):  # the definition, written out
+        Q = PackedWeight.of(W - product, Int(4, 8)).dense()
+        U, S, Vh = torch.linalg.svd(W - Q)
+        product = U[:, :3] @ torch.diag(S[:3]) @ Vh[:3]
+    quantise.loftq(model, {"up": mmpeft.LoRA(rank=3, alpha=6), "head": "full"}, Int(4, 8), "a", steps=3)
+    assert close(model.up._parameters["weight"].dense(), Q, 1e-6) and close(model.up.weight, Q + product, 1e-5)
+    plain = PackedWeight.of(W, Int(4, 8)).dense()
+    assert (model.up.weight - W).norm() < 0.9 * (plain - W).norm()
+    y = model(x)
+    mmpeft.save(model, tmp_path)
+    other = net()
+    quantise.loftq(other, {"up": mmpeft.LoRA(rank=3, alpha=6)}, Int(4, 8), "b", steps=3)
+    mmpeft.detach(other)
+    mmpeft.load(other, tmp_path)
+    assert close(other(x), y, 1e-6)
+
+
+def test_svdquants_split_takes_the_leading_part_out_first():
+    torch.manual_seed(0)
+    W = torch.randn(24, 16) + 20 * torch.outer(torch.randn(24), torch.randn(16))
+    Q, A, B = quantise.split(W, 2, Int(4, 8), start="svd")
+    U, S, Vh = torch.linalg.svd(W)
+    lead = U[:, :2] @ torch.diag(S[:2]) @ Vh[:2]
+    assert close(B @ A, lead, 1e-5) and close(Q.dense(), PackedWeight.of(W - lead, Int(4, 8)).dense(), 1e-4)
+    assert (Q.dense() + B @ A - W).norm() < 0.2 * (PackedWeight.of(W, Int(4, 8)).dense() - W).norm()
+
+
+def test_qalora_merges_into_the_zeros_without_touching_integers():
+    model, x = net(), torch.randn(3, 16)
+    quantise.quantise(model, "up", Int(4, 8, affine=True))
+    mmpeft.attach(model, {"up": quantised.QALoRA(rank=2, alpha=6, group=8)}, name="a", example=x)
+    fill(model)
+    d, W = deltas(model)[0], model.up._parameters["weight"]
+    pooled = model.norm(x).view(3, 2, 8).mean(-1)  # the paper's form: the adapter sees the mean of each group
+    expected = F.linear(model.norm(x), W.dense(), model.up.bias) + 3 * pooled @ d.A.T @ d.B.T
+    assert close(model.up(model.norm(x)), expected, 1e-5)
+    y, codes, scale = model(x), W.packed["codes"].clone(), W.packed["scale"].clone()
+    assert quantised.merge_qalora(model, "a") == ["up.weight"]
+    assert isinstance(model.up.weight, PackedWeight) and close(model(x), y, 1e-5)
+    assert torch.equal(model.up.weight.packed["codes"], codes) and torch.equal(model.up.weight.packed["scale"], scale)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_peqa_trains_scales_of_fixed_integers(group, tmp_path):
+    model, x = net(), torch.randn(3, 16)
+    quantise.quantise(model, "up", Int(4, group))
+    base = model(x)
+    groups = 1 if group is None else 2
+    assert mmpeft.inspect(net(), {"up": quantised.PEQA(group=group)}).trainable == 24 * groups
+    mmpeft.attach(model, {"up": quantised.PEQA(group=group)}, name="a", example=x)
+    assert close(model(x), base, 1e-6)
+    fill(model, size=0.01)
+    W, d = model.up._parameters["weight"], deltas(model)[0]
+    integers = W.scheme.integers(W.packed, W.shape)
+    expected = (integers * (W.packed["scale"] + d.ds).unsqueeze(-1)).reshape(24, 16)
+    assert close(model.up.weight, expected, 1e-6)
+    y = model(x)
+    mmpeft.save(model, tmp_path)
+    mmpeft.detach(model)
+    mmpeft.load(model, tmp_path)
+    assert close(model(x), y, 1e-6)
+    with pytest.raises(ConfigError, match="the base is dense"):
+        mmpeft.attach(net(), {"up": quantised.PEQA(group=group)}, example=x)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lrqat_is_fake_quantisation_with_a_straight_through_gradient(bits):
+    model, x = net().double(), torch.randn(3, 16).double()
+    mmpeft.attach(model, {"up": quantised.LRQAT(rank=2, alpha=4, bits=bits)}, name="a", example=x)
+    W, d = model.up._parameters["weight"], deltas(model)[0]
+    assert mmpeft.inspect(net(), {"up": quantised.LRQAT(rank=2)}).trainable == 2 * (16 + 24) + 24
+    s0 = W.abs().amax(1) / (2 ** (bits - 1) - 1)
+    assert close(model.up.weight, (W / s0[:, None]).round() * s0[:, None], 1e-12)
+    fill(model, size=0.5)
+    half = 2 ** (bits - 1)
+    unrounded = W / s0[:, None] + 2 * d.B @ d.A
+    grid = unrounded.round().clamp(-half, half - 1)
+    assert close(model.up.weight.detach(), d.s[:, None] * grid, 1e-12)
+    inside = (unrounded > -half) & (unrounded < half - 1)
+    G = torch.randn(24, 16).double()
+    gA, gB, gs = torch.autograd.grad((model.up.weight * G).sum(), [d.A, d.B, d.s])
+    M = G * d.s[:, None] * inside
+    assert close(gA, 2 * d.B.T @ M, 1e-9) and close(gB, 2 * M @ d.A.T, 1e-9) and close(gs, (G * grid).sum(1), 1e-9)
+    packed = d.method.integers(W, d)
+    assert close(packed.dense(), model.up.weight, 1e-5) and packed.scheme.bits == bits
+
+
+def test_lrqat_learns_a_low_bit_weight():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(128, 16)
+    with torch.no_grad():
+        target = model(x)
+    mmpeft.attach(model, {"0": quantised.LRQAT(rank=4, bits=2)}, name="a", example=x)
+    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.02))
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses) < 0.65 * losses[0]
+
+
+def test_bit_allocation_is_the_best_there_is():
+    """Against all 4^3 choices."""
+    model = net()
+    W = {p: m.weight.detach() for p, m in quantise.linears(model, "{up,down,head}").items()}
+    schemes = {"int2": Int(2, 8), "int4": Int(4, 8), "int8": Int(8)}
+    importance = {p: torch.rand_like(w) for p, w in W.items()}
+
+    def cost(path, label):
+        if label == "16":
+            return W[path].nbytes, 0.0
+        Q = PackedWeight.of(W[path], schemes[label])
+        return Q.packed_bytes, float(((W[path] - Q.dense()).square() * importance[path]).sum())
+
+    options = list(itertools.product(["int2", "int4", "int8", "16"], repeat=3))
+    for budget in (250, 400, 700, 1000, 1700):
+        fits = []
+        for labels in options:
+            costs = [cost(p, n) for p, n in zip(W, labels, strict=True)]
+            if sum(c[0] for c in costs) <= budget:
+                fits.append(sum(c[1] for c in costs))
+        if not fits:
+            with pytest.raises(ConfigError, match="too small"):
+                quantise.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
+            continue
+        found = quantise.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
+        names = {v: k for k, v in schemes.items()} | {"16": "16"}
+        assert sum(cost(p, names[s])[1] for p, s in found.items()) == pytest.approx(min(fits), rel=1e-6, abs=1e-9)
+    twin = net()
+    quantise.quantise(twin, found)
+    assert quantise.packed_bytes(twin) <= budget + sum(
+        p.nbytes for n, p in twin.named_parameters() if not n.endswith(("up.weight", "down.weight", "head.weight"))
+    )
+
+
+def bitsandbytes_state(W, double, block=64, nested=256):
+    """A checkpoint's entries, by the formula of its format and with a scale table unlike ours."""
+    blocks = F.pad(W.flatten(), (0, -W.numel() % block)).view(-1, block)
+    absmax = blocks.abs().amax(1)
+    table = torch.tensor(nf4.LEVELS)
+    codes = (blocks / absmax[:, None]).flatten()[: W.numel()]
+    codes = (codes[:, None] - table).abs().argmin(1).to(torch.uint8)
+    about = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(W.shape)}
+    state = {"up.weight": (codes[0::2] << 4 | codes[1::2]).unsqueeze(1), "up.weight.absmax": absmax}
+    if double:
+        levels, offset = torch.linspace(-1, 1, 256), absmax.mean()
+        parts = F.pad(absmax - offset, (0, -len(absmax) % nested)).view(-1, nested)
+        top = parts.abs().amax(1)
+        eight = ((parts / top[:, None]).flatten()[: len(absmax), None] - levels).abs().argmin(1)
+        absmax = levels[eight] * top.repeat_interleave(nested)[: len(absmax)] + offset
+        about |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": float(offset)}
+        state |= {"up.weight.absmax": eight.to(torch.uint8), "up.weight.nested_absmax": top}
+        state["up.weight.nested_quant_map"] = levels
+    text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    state["up.weight.quant_state.bitsandbytes__nf4"] = text
+    values = table[codes.int()] * absmax.repeat_interleave(block)[: W.numel()]
+    return state, values.view(W.shape)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_checkpoints_are_read(double):
+    model = net()
+    state, values = bitsandbytes_state(torch.randn(24, 16), double)
+    assert quantise.load_bitsandbytes(model, state) == ["up"]
+    assert model.up.weight.dtype == torch.bfloat16 and torch.equal(model.up.weight.dense(), values.bfloat16())
+    del state["up.weight.absmax"]
+    with pytest.raises(FileFormatError, match="lacks up.weight.absmax"):
+        quantise.load_bitsandbytes(net(), state)
+
+
+def _tied():
+    model = net()
+    model.head = nn.Linear(24, 8, bias=False)
+    model.head.weight = model.down.weight
+    return model
+
+
+def _adapted():
+    model = net()
+    mmpeft.attach(model, {"up": mmpeft.LoRA(rank=2)}, example=torch.randn(2, 16))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantise.quantise(net(), "up", "nf8"), NameNotFound, "nearest: nf4"),
+        (lambda: quantise.quantise(net(), "norm"), NameNotFound, "no nn.Linear"),
+        (lambda: quantise.quantise(net(), "upp"), NameNotFound, "nearest: up"),
+        (lambda: quantise.quantise(net(), "up", Int(4, 5)), ConfigError, "does not divide the 16"),
+        (lambda: quantise.quantise(_tied(), "down"), Unsupported, "tied"),
+        (lambda: quantise.quantise(_adapted(), "down"), ConfigError, "before attaching"),
+        (lambda: Int(3), ConfigError, "2, 4 or 8"),
+        (lambda: nf4.NF4(block=0), ConfigError, "block 0"),
+        (lambda: quantise.loftq(net(), {"norm": mmpeft.LayerNormTuning()}), ConfigError, "no LoRA"),
+        (lambda: quantise.loftq(net(), {"up": mmpeft.LoRA(rank=2)}, steps=0), ConfigError, "at least 1"),
+        (lambda: quantised.merge_qalora(_adapted(), "default"), Unsupported, "does not merge"),
+        (lambda: quantised.LRQAT(bits=5), ConfigError, "2, 4 or 8"),
+        (lambda: quantised.LRQAT(dropout=0.1), ConfigError, "dropout"),
+        (lambda: mmpeft.attach(net(), {"up": quantised.QALoRA(group=5)}), ConfigError, "columns of 16"),
+    ],
+)  # fmt: skip
+def test_bad_use_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,89 @@
+"""The strategy files over a real config: one device and two processes are run, what needs a GPU is parsed and refused.
+
+Answers are compared with those of a process that loads the adapter's folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import mmpeft
+
+from .conftest import LLM, ROOT, loss, reloaded
+
+SIZES = ("--data.init_args.train.init_args.size=64", "--data.init_args.val.init_args.size=12")
+
+
+def test_single(fit, small_llm, workplace):
+    """`accelerator: auto` and bf16 autocast on whatever device there is."""
+    options = [f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1"]
+    run = fit("vqa_digits.yaml", "strategy_single.yaml", options=options)
+    assert run.trainer.num_devices == 1 and run.trainer.precision == "bf16-mixed"
+    assert run.trainer.global_step == 4
+    samples = [run.data.datasets["val"][i] for i in range(6)]
+    run.model.cpu()
+    assert loss(run, samples, reloaded("runs/quickstart/adapter")) == loss(run, samples)
+
+
+def launch(*args, devices):
+    """`mmpeft fit` as a program, whose processes find each other as Lightning starts them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mmpeft", "fit", *args, f"--trainer.devices={devices}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_ddp_on_two_processes(small_llm, workplace):
+    said = launch(
+        *("--config", "examples/vqa_digits.yaml", "--config", "examples/strategy_ddp.yaml"),
+        *(f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1", "--trainer.enable_model_summary=false"),
+        devices=2,
+    )
+    assert "MEMBER: 2/2" in said
+    metadata = mmpeft.read_metadata("runs/quickstart/adapter")
+    assert metadata["step"] == 2  # 64 questions, 16 a process and step
+    answers = json.loads((workplace / "runs" / "quickstart" / "answers.json").read_text())
+    from mmpeft.data import DigitsVQA
+
+    asked = [DigitsVQA("test", size=12)[i]["messages"] for i in range(12)]
+    model = reloaded("runs/quickstart/adapter")
+    assert model.generate(asked, max_new_tokens=4) == [row["answer"] for row in answers]
+
+
+def parsed(*configs, options=()):
+    """What `mmpeft fit --print_config` prints."""
+    import contextlib
+    import io
+
+    from mmpeft.cli import run_lightning
+
+    out = io.StringIO()
+    paths = [part for name in configs for part in ("--config", f"examples/{name}")]
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        run_lightning(["fit", *paths, *options, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "deepspeed"])
+@pytest.mark.parametrize("base", ["vqa_digits.yaml", "gpu_siglip_smollm2.yaml"])
+def test_every_strategy_parses_over(workplace, base, name):
+    config = parsed(base, f"strategy_{name}.yaml")
+    overlay = yaml.safe_load((ROOT / "examples" / f"strategy_{name}.yaml").read_text())["trainer"]
+    alone = yaml.safe_load((ROOT / "examples" / base).read_text())
+    assert config["trainer"]["devices"] == overlay["devices"]
+    strategy = overlay["strategy"]
+    given = config["trainer"]["strategy"]
+    assert given == strategy or (given["class_path"], given["init_args"] | strategy["init_args"]) == (
+        strategy["class_path"],
+        given["init_args"],
+    )
+    assert config["model"]["class_path"] == alone["model"]["class_path"]
+    assert config["data"]["init_args"]["batch_size"] == alone["data"]["init_args"]["batch_size"]

@@ -1,0 +1,187 @@
+"""The command line: train, ask, inspect, merge and export a tiny model from its config; wrong input is named, exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import mmpeft
+from mmpeft import cli
+from mmpeft.errors import ConfigError
+from tests.multimodal.kit import build_llm, build_tokenizer
+
+QUESTION = "Which digit is this?"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random two-layer LLM, pictures, questions, and `config.yaml`; trained for two steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    llm = build_llm("llama", build_tokenizer(), tie_word_embeddings=False)
+    llm.model.save_pretrained(folder / "llm")
+    llm.tokenizer.save_pretrained(folder / "llm")
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
+    rows = [{"image": f"{n}.png", "question": QUESTION, "answer": a} for n, a in (("red", "7"), ("blue", "12"))]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    data = {"class_path": "mmpeft.data.JsonLines", "init_args": {"path": str(folder / "train.jsonl")}}
+    init = {
+        "llm": str(folder / "llm"), "image": {"name": "package:efficientnet-lite0", "image_size": 64, "pool": [1, 1]},
+        "connector": {"class_path": "mmpeft.connectors.MLP", "init_args": {"depth": 1, "init_std": 0.5}},
+    }  # fmt: skip
+    plan = [{"match": "connectors.image", "train": "full"}, {"match": "llm.**.{q,v}_proj", "method": {"LoRA": {"rank": 4}}}]
+    task = {"model": {"class_path": "mmpeft.MultimodalLM", "init_args": init}, "plan": plan, "lr": 0.02, "max_new_tokens": 3}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    saving = {"class_path": "mmpeft.tasks.AdapterCheckpoint", "init_args": {"folder": str(folder / "adapter")}}
+    config = {
+        "seed_everything": 1,
+        "model": {"class_path": "mmpeft.tasks.GenerationTask", "init_args": task},
+        "data": {"class_path": "mmpeft.data.DataModule", "init_args": {"train": data, "val": data, "batch_size": 2}},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "callbacks": [saving], "default_root_dir": str(folder), **quiet},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        assert cli.main(["fit", "--config", str(folder / "config.yaml")]) == 0
+    except SystemExit:
+        pytest.skip("the package with EfficientNet-Lite0 is not installed")
+    return folder
+
+
+def test_help_lists_every_command_without_heavy_imports():
+    code = (
+        "import sys; from mmpeft.cli import main; main(['--help']); "
+        "print(sorted({'lightning', 'transformers', 'timm', 'jsonargparse'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in ("fit", "validate", "test", "predict", "inspect", "merge", "export", "generate"):
+        assert f"\n  {name} " in out
+    assert out.rstrip().endswith("[]")
+
+
+def test_a_wrong_command_is_answered_with_the_nearest(capsys):
+    assert cli.main(["genrate"]) == 2
+    assert "no command 'genrate' (nearest: generate" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.strip() == mmpeft.__version__
+
+
+def test_a_command_is_one_function(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", dict(cli.COMMANDS))
+
+    @cli.command("say what was given")
+    def echo(args):
+        print(args)
+        return 3
+
+    assert cli.main(["echo", "a", "b"]) == 3 and capsys.readouterr().out == "['a', 'b']\n"
+    with pytest.raises(ConfigError, match="already a command 'echo'"):
+        cli.command("again")(echo)
+
+
+def test_generate_answers_as_python_does(place, capsys):
+    from mmpeft.tasks.restore import restore
+
+    arguments = ["--adapter", str(place / "adapter"), "--image", str(place / "red.png"), "--max-new-tokens", "5"]
+    assert cli.main(["generate", *arguments, QUESTION]) == 0
+    said = capsys.readouterr().out.strip()
+    model = restore(place / "adapter")
+    content = [{"type": "image", "image": str(place / "red.png")}, {"type": "text", "text": QUESTION}]
+    assert said == model.chat([{"role": "user", "content": content}], max_new_tokens=5).strip()
+    assert mmpeft.active(model) == ("default",)
+
+
+def test_the_folder_alone_builds_the_model(place):
+    recipe = mmpeft.read_metadata(place / "adapter")["model"]
+    assert recipe["class_path"].endswith("MultimodalLM") and recipe["init_args"]["llm"] == str(place / "llm")
+
+
+def test_inspect_shows_a_plan_and_a_saved_adapter(place, capsys):
+    assert cli.main(["inspect", "--config", str(place / "config.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "llm.**.{q,v}_proj" in out and "trainable" in out
+    assert cli.main(["inspect", "--adapter", str(place / "adapter")]) == 0
+    out = capsys.readouterr().out
+    assert "adapter 'default'" in out and '"train": "full"' in out and "val_exact_match" in out
+
+
+def test_validate_scores_a_saved_adapter(place, capsys):
+    arguments = ["--model.init_args.start_from", str(place / "adapter")]
+    assert cli.main(["validate", "--config", str(place / "config.yaml"), *arguments]) == 0
+    expected = mmpeft.read_metadata(place / "adapter")["metrics"]["val_exact_match"]
+    out = capsys.readouterr().out
+    assert "val_exact_match" in out and f"{expected:g}" in out
+
+
+def test_merge_writes_a_plain_model(place, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from mmpeft.tasks.restore import restore
+
+    output = place / "merged"
+    assert cli.main(["merge", "--adapter", str(place / "adapter"), "--output", str(output)]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(output / "llm")
+    adapted = restore(place / "adapter")
+    ids = torch.tensor([[5, 9, 77, 30], [8, 2, 11, 50]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted.llm(ids).logits, atol=1e-5, rtol=1e-5)
+        with mmpeft.use(adapted, None):
+            assert not torch.allclose(plain(ids).logits, adapted.llm(ids).logits, atol=1e-4)
+    capsys.readouterr()
+    assert cli.main(["merge", "--adapter", str(place / "adapter"), "--output", str(output)]) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_export_is_read_by_peft(place):
+    peft = pytest.importorskip("peft")
+    from mmpeft.tasks.restore import restore
+
+    output = place / "peft"
+    assert cli.main(["export", "--adapter", str(place / "adapter"), "--module", "llm", "--output", str(output)]) == 0
+    base = restore(place / "adapter").llm
+    ids = torch.tensor([[5, 9, 77, 30], [8, 2, 11, 50]])
+    with torch.no_grad():
+        expected = base(ids).logits
+        from transformers import AutoModelForCausalLM
+
+        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "llm"), output)
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--adapter", "{0}/adapter", "--image", "{0}/green.png", "What?"], "no file"),
+        (["generate", "--adapter", "{0}/nothing", "What?"], "holds no adapter"),
+        (["generate", "--adapter", "{0}/adapter", "--config", "{0}/nothing.yaml", "What?"], "no model.init_args.model"),
+        (["inspect", "--adapter", "{0}"], "holds no adapter"),
+    ],
+)
+def test_wrong_input_is_named(place, capsys, arguments, words):
+    assert cli.main([part.format(place) for part in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_answered_with_the_nearest(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", str(place / "config.yaml"), "--model.init_args.lrr", "3"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "has no option 'lrr'" in error and "nearest: lr" in error
+    assert len(error.splitlines()) < 25  # without the list of every option there is
+
+
+def test_a_plan_without_a_match_is_refused_before_training(place, capsys):
+    plan = '[{"match": "llm.**.q_porj", "method": "LoRA"}]'
+    assert cli.main(["fit", "--config", str(place / "config.yaml"), "--model.init_args.plan", plan]) == 2
+    assert "q_porj" in capsys.readouterr().err
+    assert (place / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_the_config_of_a_run_is_kept_beside_its_logs(place):
+    """It trains the same again; the user's own file is untouched."""
+    mine = yaml.safe_load((place / "config.yaml").read_text())
+    kept = yaml.safe_load((place / "config_of_run.yaml").read_text())
+    assert "ckpt_path" not in mine and kept["model"]["init_args"]["lr"] == mine["model"]["init_args"]["lr"] == 0.02
+    assert kept["seed_everything"] == 1
