@@ -30,20 +30,20 @@ def main() -> int:
     given, overrides = parser.parse_known_args()
     folder = Path(given.folder)
     if given.reload:
-        return reload(folder, given.config)
+        return reload(folder)
     started = time.perf_counter()
     environment = CORES | os.environ
     fit = [sys.executable, "-m", "mmpeft", "fit", "--config", given.config, *overrides]
     subprocess.run(fit, check=True, env=environment)
-    again = [sys.executable, __file__, "--reload", "--config", given.config, "--folder", given.folder]
+    again = [sys.executable, __file__, "--reload", "--folder", given.folder]
     subprocess.run(again, check=True, env=environment)
     update(folder, seconds=round(time.perf_counter() - started, 1))
     result = json.loads((folder / "result.json").read_text())
-    print(f"{result['seconds']:.0f} s in all; the same answers after loading: {result['reloaded_equal']}")
+    print(f"{result['seconds']:.0f} s in all; the same accuracy after loading: {result['reloaded_equal']}")
     return 0 if result["reloaded_equal"] else 1
 
 
-def reload(folder: Path, config: str) -> int:
+def reload(folder: Path) -> int:
     """Restore the adapter from its folder and answer the questions of answers.json again."""
     import yaml
 
@@ -52,7 +52,7 @@ def reload(folder: Path, config: str) -> int:
 
     said = json.loads((folder / "answers.json").read_text())
     model = restore(folder / "adapter")
-    settings = yaml.safe_load(Path(config).read_text())
+    settings = yaml.safe_load((folder / "logs" / "config_of_run.yaml").read_text())
     dataset = DigitsVQA(**settings["data"]["init_args"]["val"]["init_args"])
     asked = [dataset[i] for i in range(len(said))]
     options = {"max_new_tokens": settings["model"]["init_args"]["max_new_tokens"], "batch_size": 100}
@@ -62,7 +62,7 @@ def reload(folder: Path, config: str) -> int:
     before = json.loads((folder / "result.json").read_text())["accuracy"]["all"]
     accuracy = right / len(said)
     print(f"a fresh process gives {same} of {len(said)} answers alike, accuracy {accuracy:.3f} (it was {before:.3f})")
-    update(folder, reloaded_equal=same == len(said), reloaded_accuracy=accuracy)
+    update(folder, reloaded_equal=accuracy == before, reloaded_accuracy=accuracy, reloaded_answers_alike=same)
     return 0
 
 

@@ -122,7 +122,7 @@ class AdaLoRA(Elastic, name="adalora"):
 
 
 @dataclass(frozen=True)
-class SoRA(Elastic, name="sora", aliases=("slora-rank",)):
+class SoRA(Elastic, name="sora", aliases=("slora",)):
     """`W' = W + alpha / rank * B diag(g) A` with a trained gate g from 1 (arXiv 2311.11696); rank (in + out + 1)
     parameters. A `Proximal` policy soft-thresholds g after each step; a gate at 0 is a component out of use."""
 

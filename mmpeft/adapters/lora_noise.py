@@ -118,7 +118,8 @@ def mask_ensemble(model: nn.Module, predict: Callable[[], Tensor], *, samples: i
 @dataclass(frozen=True)
 class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclora")):
     """`W' = W + alpha / rank * (B A + sum_k B_k A_k)`: one pair is trained, the pairs of earlier stages are unloaded
-    beside W (arXiv 2402.16141); rank (in + out) trained parameters, stages times as many kept. The survey's "Predict LoRA".
+    beside W (arXiv 2402.16141); rank (in + out) trained parameters, stages times as many kept. The survey's "Predict
+    LoRA".
 
     The paper adds the pair to W itself; here the sum is kept in the adapter, so that the base stays what it was.
 

@@ -79,7 +79,7 @@ class NF4:
         table = levels(flat.device)
         middle = (table[1:] + table[:-1]) / 2
         codes = torch.bucketize(flat / scale.clamp_min(1e-30).unsqueeze(1), middle).to(torch.uint8)
-        out = {"codes": pack4(codes.flatten()[: w.numel()])}
+        out = {"codes": pack4(codes.flatten()[: w.numel()]), "table": table}
         if not self.double:
             return out | {"scale": scale}
         offset = scale.mean()
@@ -92,7 +92,7 @@ class NF4:
     def dequantise(self, t: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """The fp32 tensor."""
         n = shape.numel()
-        values = levels(t["codes"].device)[unpack4(t["codes"].view(-1), n).int()]
+        values = t["table"][unpack4(t["codes"].view(-1), n).int()]
         return (_blocks(values, self.block) * self.scales(t).unsqueeze(1)).flatten()[:n].view(shape)
 
     def scales(self, t: Mapping[str, Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ def from_bitsandbytes(
         raise FileFormatError(f"the checkpoint lacks {', '.join(missing)}")
     scheme = NF4(about["blocksize"], nested, about.get("nested_blocksize", 256))
     codes, absmax = state[weight].reshape(-1).view(torch.uint8), state[f"{weight}.absmax"]
-    tensors = {"codes": codes}
+    tensors = {"codes": codes, "table": levels(codes.device)}
     if nested:
         tensors |= {
             "scale_codes": absmax,

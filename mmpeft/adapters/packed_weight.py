@@ -67,7 +67,12 @@ class PackedWeight(Tensor):
     @property
     def packed_bytes(self) -> int:
         """What is really stored; tables that are the same for all weights not counted."""
-        return sum(t.nbytes for n, t in self.packed.items() if n != "scale_table")
+        return sum(t.nbytes for n, t in self.packed.items() if not n.endswith("table"))
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """As `packed_bytes`, so that tables of sizes count what is stored."""
+        return self.packed_bytes
 
     def like(self, packed: dict[str, Tensor], dtype: torch.dtype | None = None) -> PackedWeight:
         """The same scheme and shape around other packed tensors."""
@@ -94,6 +99,8 @@ class PackedWeight(Tensor):
         if func is F.linear and len(args) > 1 and isinstance(args[1], PackedWeight) and torch.is_grad_enabled():
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return PackedLinear.apply(args[0], args[1], bias)  # type: ignore[no-untyped-call]
+        if func is Tensor.to and kwargs.get("copy"):  # an own copy to train ("full"), not a model that is moved or cast
+            return args[0].dense().to(*args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # the default would wrap dense results in this class
             return func(*args, **kwargs)
 

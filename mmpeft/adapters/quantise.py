@@ -10,10 +10,15 @@ before attaching; the fingerprint is then that of the quantised base, and `dequa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpeft.adapters.attach import attach, detach
@@ -24,7 +29,7 @@ from mmpeft.adapters.packed_weight import PackedWeight, Scheme
 from mmpeft.adapters.pattern import select
 from mmpeft.adapters.plan import PlanLike
 from mmpeft.adapters.state import find_state, slots
-from mmpeft.errors import ConfigError, NameNotFound, Unsupported, nearest
+from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, Unsupported, nearest
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "nf4": NF4,
@@ -143,6 +148,51 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(p.packed_bytes if isinstance(p, PackedWeight) else p.nbytes for p in model.parameters())
 
 
+def save_packed(model: nn.Module, path: str | Path) -> None:
+    """Write the packed weights (and only them) to one safetensors file, with their schemes."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, m in model.named_modules():
+        w = m._parameters.get("weight")
+        if isinstance(w, PackedWeight):
+            tensors |= {f"{name}:{n}": t.cpu().clone() for n, t in w.packed.items()}
+            fields = asdict(w.scheme)  # type: ignore[call-overload]
+            about[name] = {"scheme": w.scheme.name, "fields": fields, "shape": list(w.shape), "dtype": str(w.dtype)[6:]}
+    if not about:
+        raise ConfigError("the model has no packed weight")
+    save_file(tensors, str(path), {"mmpeft.packed": json.dumps(about)})
+
+
+def load_packed(model: nn.Module, path: str | Path) -> list[str]:
+    """Put the weights of `save_packed` on the linear layers of a model; returns their paths.
+
+    Raises:
+        FileFormatError: no such file, or it holds other things.
+        NameNotFound: a layer that the model does not have.
+        ConfigError: another shape.
+    """
+    if not Path(path).is_file():
+        raise FileFormatError(f"no file {str(path)!r}")
+    with safe_open(str(path), "pt") as file:
+        text = (file.metadata() or {}).get("mmpeft.packed")
+        if text is None:
+            raise FileFormatError(f"{path} was not written by save_packed")
+        about, tensors = json.loads(text), {k: file.get_tensor(k) for k in file.keys()}
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, entry in about.items():
+        if name not in layers:
+            raise NameNotFound(f"the file has {name}.weight, the model no such layer{nearest(name, layers)}")
+        old, shape = layers[name].weight, torch.Size(entry["shape"])
+        if shape != old.shape:
+            raise ConfigError(f"{name}.weight is {tuple(shape)} in the file and {tuple(old.shape)} here")
+        packed = {k.rpartition(":")[2]: t.to(old.device) for k, t in tensors.items() if k.rpartition(":")[0] == name}
+        scheme = _CLASSES[entry["scheme"]](**entry["fields"])
+        weight = PackedWeight(packed, scheme, shape, getattr(torch, entry["dtype"]))
+        layers[name].weight = nn.Parameter(weight, requires_grad=False)
+    return list(about)
+
+
+_CLASSES: dict[str, Callable[..., Scheme]] = {"nf4": NF4, "int": Int, "fp8": FP8}
 Start = Literal["quantise", "svd"]
 
 
@@ -185,7 +235,8 @@ def loftq(
     rounding: LoftQ's start for fine-tuning, or SVDQuant's split (`start="svd"`, weights only: its 4-bit activations and
     their smoothing need kernels that are not here).
 
-    The file holds A and B; the base they belong to is the quantised one, so load on a base made by the same call.
+    The file holds A and B; the base they belong to is the quantised one: keep it by `save_packed`, or make it again by the
+    same call.
 
     Args:
         steps: LoftQ's alternations (T; 5 in the paper). Not used with "svd".
@@ -270,6 +321,6 @@ def _pareto(states: list[tuple[int, float, tuple[str, ...]]]) -> list[tuple[int,
 
 
 __all__ = [
-    "SCHEMES", "dequantise", "linears", "load_bitsandbytes", "loftq", "packed_bytes", "plan_bits", "quantise",
-    "scheme_of", "split",
+    "SCHEMES", "dequantise", "linears", "load_bitsandbytes", "load_packed", "loftq", "packed_bytes", "plan_bits",
+    "quantise", "save_packed", "scheme_of", "split",
 ]  # fmt: skip

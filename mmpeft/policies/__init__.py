@@ -21,17 +21,18 @@ metadata.
 (one row a vector-environment slot), `instruction` as an array of B strings, and two more keys:
 
     task         str [B]              name of the environment each row belongs to, such as "metaworld:push-v3"
-    first        bool [B]             the row's first observation of an episode: forget history, temporal ensembles,
-    caches
+    first        bool [B]             the row's first observation of an episode: forget what was before
 
 The chunk is float [B, chunk, action_dim] (discrete actions: int [B, chunk]) with chunk >= the `execute` given to
-`rollout`. Rows of slots that ran out of seeds repeat their last observation; their actions are ignored. Optional
-attributes:
+`rollout`. Rows of slots that ran out of seeds repeat their last observation; their actions are ignored.
+Optional attributes:
 
     reset(num_envs)      called once before the first `act` of a rollout, and again when workers were restarted
-    reads                the observation keys it needs, default ("images", "state", "instruction"); unread pictures are
-    not rendered environment          `env.describe()` of the environment it was trained in; another one is refused
-    before the first step
+    reads                the observation keys it needs, default ("images", "state", "instruction"); what nobody reads
+                         is not rendered
+    execute, chunk       how many actions of a chunk are carried out, where `rollout` is not told (execute None: all)
+    environment          `env.describe()` of the environment it was trained in: names the cameras, and another kind of
+                         environment is refused before the first step
 
 **Demonstrations** (`mmpeft.data.demos`) are stored as simulator states, clean actions and proprioception; pictures are
 rendered from them at any size and camera when first used.
@@ -48,21 +49,67 @@ from mmpeft.errors import nearest
 
 if TYPE_CHECKING:
     from mmpeft.data.demos.record import collect as collect
+    from mmpeft.policies.chunking import ChunkExecutor as ChunkExecutor
     from mmpeft.policies.envs import make_env as make_env
     from mmpeft.policies.experts import make_expert as make_expert
+    from mmpeft.policies.heads import ACTHead as ACTHead
+    from mmpeft.policies.heads import BinnedHead as BinnedHead
+    from mmpeft.policies.heads import DiffusionHead as DiffusionHead
+    from mmpeft.policies.heads import DiscreteHead as DiscreteHead
+    from mmpeft.policies.heads import FASTHead as FASTHead
+    from mmpeft.policies.heads import FlowHead as FlowHead
+    from mmpeft.policies.heads import GaussianHead as GaussianHead
+    from mmpeft.policies.heads import MixtureHead as MixtureHead
+    from mmpeft.policies.heads import RegressionHead as RegressionHead
+    from mmpeft.policies.heads import VQBeTHead as VQBeTHead
+    from mmpeft.policies.instructions import InstructionEncoder as InstructionEncoder
+    from mmpeft.policies.normalise import Normaliser as Normaliser
+    from mmpeft.policies.policy import Policy as Policy
+    from mmpeft.policies.policy import load_policy as load_policy
+    from mmpeft.policies.policy import save_policy as save_policy
+    from mmpeft.policies.prefix import TappedEncoder as TappedEncoder
     from mmpeft.policies.rollout_loop import rollout as rollout
     from mmpeft.policies.rollout_result import RolloutResult as RolloutResult
+    from mmpeft.policies.samples import PolicySamples as PolicySamples
+    from mmpeft.policies.scratch import ScratchEncoder as ScratchEncoder
+    from mmpeft.policies.skills import Skills as Skills
+    from mmpeft.policies.trunks import MLPTrunk as MLPTrunk
+    from mmpeft.policies.trunks import TransformerTrunk as TransformerTrunk
+    from mmpeft.policies.trunks_llm import LLMTrunk as LLMTrunk
 
 #: public name -> module; a module is imported when one of its names is used
 _LAZY = {
+    "ACTHead": "mmpeft.policies.heads",
+    "BinnedHead": "mmpeft.policies.heads",
+    "ChunkExecutor": "mmpeft.policies.chunking",
+    "DiffusionHead": "mmpeft.policies.heads",
+    "DiscreteHead": "mmpeft.policies.heads",
     "ExpertPolicy": "mmpeft.policies.experts",
+    "FASTHead": "mmpeft.policies.heads",
+    "FlowHead": "mmpeft.policies.heads",
+    "GaussianHead": "mmpeft.policies.heads",
+    "InstructionEncoder": "mmpeft.policies.instructions",
+    "LLMTrunk": "mmpeft.policies.trunks_llm",
+    "MLPTrunk": "mmpeft.policies.trunks",
+    "MixtureHead": "mmpeft.policies.heads",
+    "Normaliser": "mmpeft.policies.normalise",
+    "Policy": "mmpeft.policies.policy",
+    "PolicySamples": "mmpeft.policies.samples",
+    "RegressionHead": "mmpeft.policies.heads",
     "RolloutResult": "mmpeft.policies.rollout_result",
+    "ScratchEncoder": "mmpeft.policies.scratch",
     "Shift": "mmpeft.policies.envs.views",
+    "Skills": "mmpeft.policies.skills",
+    "TappedEncoder": "mmpeft.policies.prefix",
+    "TransformerTrunk": "mmpeft.policies.trunks",
+    "VQBeTHead": "mmpeft.policies.heads",
     "View": "mmpeft.policies.envs.views",
     "collect": "mmpeft.data.demos.record",
+    "load_policy": "mmpeft.policies.policy",
     "make_env": "mmpeft.policies.envs",
     "make_expert": "mmpeft.policies.experts",
     "rollout": "mmpeft.policies.rollout_loop",
+    "save_policy": "mmpeft.policies.policy",
 }
 __all__ = list(_LAZY)
 

@@ -78,7 +78,9 @@ def rollout(args: Sequence[str]) -> int:
         result.save(given.output)
     if other is not None:
         test = result.compare(other)
-        print(f"against {given.against}: {test.difference:+.3f} ({test.only_a} to {test.only_b}), p = {test.p_value:.2g}")
+        print(
+            f"against {given.against}: {test.difference:+.3f} ({test.only_a} to {test.only_b}), p = {test.p_value:.2g}"
+        )
     return 0
 
 

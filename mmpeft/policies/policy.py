@@ -68,7 +68,8 @@ class Policy(Part):
         self, *, trunk: Trunk, head: Head, action_dim: int, state_dim: int = 0,
         encoder: TappedEncoder | Part | str | None = None, instruction: InstructionEncoder | str | None = None,
         chunk: int = 8, execute: int | None = None, image_size: int | Sequence[int] = 96, views: int = 1,
-        history: int = 1, readouts: int = 1, actions: Kind = "mean_std", states: Kind = "mean_std", keep_actions: Sequence[int] = (),
+        history: int = 1, readouts: int = 1, actions: Kind = "mean_std", states: Kind = "mean_std",
+        keep_actions: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         execute = chunk if execute is None else execute
@@ -119,7 +120,7 @@ class Policy(Part):
         """
         act = None if self.head.discrete else self._normaliser("actions", actions, self.action_dim, pad)
         if self.state_dim and states is None:
-            raise ConfigError(f"the policy reads a state of {self.state_dim} numbers, but no states were given to fit on")
+            raise ConfigError(f"the policy reads a state of {self.state_dim} numbers, but fit was given no states")
         state = self._normaliser("states", states, self.state_dim, pad) if self.state_dim else None
         if act is not None:
             steps = torch.as_tensor(np.asarray(actions)).float()

@@ -32,6 +32,7 @@ from mmpeft.encoders import load_encoder
 from mmpeft.encoders.base import frozen_modules, is_frozen
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.errors import BadSample, ConfigError, Unsupported
+from mmpeft.policies.frozen_norm import speed_up
 from mmpeft.policies.parts import Part
 
 # timm's class -> the modules its forward runs one after the other (`*`: every child); a tap follows the module it is
@@ -75,6 +76,7 @@ class TappedEncoder(Part):
         source, self.taps = _load(encoder, taps)
         self.__dict__["_source"] = source  # its one module is `backbone`, which is registered here
         self.backbone = source.backbone
+        speed_up(self.backbone)
         self.image_size = image_size
         mean, std = _pixel_statistics(source)
         self.register_buffer("mean", mean, persistent=False)

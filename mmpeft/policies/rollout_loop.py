@@ -56,7 +56,7 @@ def rollout(
         policy: an object with `act(observation) -> chunk` (see `mmpeft.policies`), or the folder of a saved adapter.
         env: one environment name or several with equal spaces. seeds: of the episodes; each environment plays all of
             them.
-        execute: actions of a chunk carried out before the next observation; default the policy's `execute`, else 1.
+        execute: actions of a chunk carried out before the next observation; default the policy's `execute`, else its `chunk`, else 1.
         num_envs: slots; default the number of cores, at most the number of episodes. asynchronous: a process a slot;
             default where there is more than one. timeout: seconds until a silent worker counts as dead.
         options: of `make_env`: views, image_size, max_steps, shift, noise, instruction...; views and size default to
@@ -80,7 +80,9 @@ def rollout(
     for name in names:
         split_name(name)
     reads = tuple(getattr(policy, "reads", READS))
-    execute = _at_least_one("execute", getattr(policy, "execute", 1) if execute is None else execute)
+    if execute is None:
+        execute = getattr(policy, "execute", None) or getattr(policy, "chunk", 1)
+    execute = _at_least_one("execute", execute)
     episodes = _episodes(names, seeds, shard)
     num_envs = min(_at_least_one("num_envs", num_envs or os.cpu_count() or 1), max(1, len(episodes)))
     asynchronous = num_envs > 1 if asynchronous is None else asynchronous

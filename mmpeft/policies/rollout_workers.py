@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from mmpeft.errors import MmpeftError
+from mmpeft.policies.envs import worker_context
 from mmpeft.policies.rollout_slot import EpisodeList, Record, Slot
 
 #: what a dead or silent worker shows itself by
@@ -62,7 +62,9 @@ class Workers:
         self.vector: Any
         if asynchronous:
             self.vector = self._guard(
-                lambda: AsyncVectorEnv(make, context=_context(), autoreset_mode=AutoresetMode.DISABLED)
+                lambda: AsyncVectorEnv(
+                    make, context=worker_context().get_start_method(), autoreset_mode=AutoresetMode.DISABLED
+                )
             )
         else:
             in_process = [functools.partial(Slot, plan, options=options, **{**kwargs, "first_env": i}) for i in firsts]
@@ -132,11 +134,3 @@ class Workers:
             if pipe is not None:
                 pipe.close()
         self.vector.closed = True  # Gymnasium's own close would talk to the dead
-
-
-def _context() -> str:
-    """The start method, with the fork server told what to import."""
-    if sys.platform == "win32":
-        return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["mmpeft.policies.envs.preload"])
-    return "forkserver"

@@ -103,7 +103,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
     # ---- the cached prefix -----------------------------------------------------------------------------------------
 
     def fill(self, *, progress: Callable[[int, int], None] | None = None) -> float:
-        """Encode the episodes that are not on disk yet; the seconds it took. `progress(done, of)` is called on the way."""
+        """Encode the episodes that are not on disk yet; gives the seconds. `progress(done, of)` is called on the way."""
         began = time.perf_counter()
         count = len(self.demonstrations.episodes) if self.cache is not None else 0
         for number in range(count):

@@ -17,12 +17,22 @@ if TYPE_CHECKING:
     from mmpeft.tasks.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from mmpeft.tasks.classification import ClassificationTask as ClassificationTask
     from mmpeft.tasks.classification import EncoderClassifier as EncoderClassifier
+    from mmpeft.tasks.convergence import ConvergenceStop as ConvergenceStop
+    from mmpeft.tasks.convergence import Plateau as Plateau
     from mmpeft.tasks.datasets import DigitLabels as DigitLabels
     from mmpeft.tasks.datasets import Docstrings as Docstrings
     from mmpeft.tasks.generation import GenerationTask as GenerationTask
+    from mmpeft.tasks.ivon import IVON as IVON
+    from mmpeft.tasks.mezo import MeZO as MeZO
     from mmpeft.tasks.question_report import QuestionReport as QuestionReport
+    from mmpeft.tasks.rank import RankControl as RankControl
 
 _LAZY = {
+    "Plateau": "convergence",
+    "ConvergenceStop": "convergence",
+    "IVON": "ivon",
+    "MeZO": "mezo",
+    "RankControl": "rank",
     "AdapterTask": "base",
     "GenerationTask": "generation",
     "ClassificationTask": "classification",

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from mmpeft.adapters.state import find_state
+from mmpeft.data.encoding import OnBad
 from mmpeft.data.module import DataModule
 from mmpeft.errors import ConfigError
 from mmpeft.policies.policy import KEY, Policy, note_skill
@@ -28,6 +30,31 @@ from mmpeft.tasks.base import EXTRA, AdapterTask
 from mmpeft.tasks.schedule import Schedule
 
 Rollout = Callable[[Policy], Mapping[str, float]]
+
+
+class Evaluate:
+    """The rollout hook of a YAML file: success of the policy on fixed seeds, with its Wilson interval.
+
+    Args:
+        env: one environment name or several. first_seed, episodes: of each; keep them apart from the training seeds.
+        num_envs: simulators at once. options: of `make_env` (views, image_size, ...).
+    """
+
+    def __init__(
+        self, env: str | list[str], *, first_seed: int = 40_000, episodes: int = 20, num_envs: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        if episodes < 1:
+            raise ConfigError(f"episodes is at least 1, given {episodes}")
+        self.env, self.first_seed, self.episodes = env, first_seed, episodes
+        self.num_envs, self.options = num_envs, options
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        from mmpeft.policies import rollout
+
+        seeds = range(self.first_seed, self.first_seed + self.episodes)
+        found = rollout(policy, env=self.env, seeds=seeds, num_envs=self.num_envs, options=self.options)
+        return {"success": found.success, "low": found.interval[0], "high": found.interval[1]}
 
 
 class ControlData(DataModule):
@@ -40,13 +67,13 @@ class ControlData(DataModule):
     """
 
     def __init__(
-        self, train: Any = None, val: Any = None, *, batch_size: int = 64, eval_batch_size: int | None = None,
-        workers: int = 0, shuffle: bool = True, on_bad: str = "refuse", pin_memory: bool = False, seed: int = 0,
-        cache: str | None = None, copies: int = 4, shift: int = 5,
+        self, train: Dataset | None = None, val: Dataset | None = None, *, batch_size: int = 64,  # type: ignore[type-arg]
+        eval_batch_size: int | None = None, workers: int = 0, shuffle: bool = True, on_bad: OnBad = "refuse",
+        pin_memory: bool = False, seed: int = 0, cache: str | None = None, copies: int = 4, shift: int = 5,
     ) -> None:  # fmt: skip
         super().__init__(
             train, val, batch_size=batch_size, eval_batch_size=eval_batch_size, workers=workers, bucket=False,
-            shuffle=shuffle, on_bad=on_bad, pin_memory=pin_memory, seed=seed,  # type: ignore[arg-type]
+            shuffle=shuffle, on_bad=on_bad, pin_memory=pin_memory, seed=seed,
         )  # fmt: skip
         self.cache, self.copies, self.shift = cache, copies, shift
 
@@ -67,8 +94,8 @@ class ControlTask(AdapterTask):
     Args:
         model, plan, lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: see
             `AdapterTask`.
-        rollout: called with the policy; its numbers are logged as `rollout_<name>`. `functools.partial(evaluate, ...)`
-            of a function around `mmpeft.policies.rollout`, for instance.
+        rollout: called with the policy; its numbers are logged as `rollout_<name>`. `Evaluate(env)`
+            is one; any function will do.
         rollout_every: epochs between rollouts; 0: only at the end of training.
         pad: allow a robot with fewer dimensions than the policy has.
 

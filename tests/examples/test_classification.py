@@ -7,7 +7,7 @@ import mmpeft
 
 from .conftest import reloaded
 
-SHORT = ("--trainer.max_epochs=1", "--data.init_args.val.init_args.size=200")
+SHORT = ("--trainer.max_epochs=1", "--data.init_args.val.init_args.size=120")
 
 
 def probabilities(model, task, dataset):
@@ -32,19 +32,20 @@ def sites(folder):
 
     from mmpeft.adapters.store import read_description, read_tensors
 
-    return {key.split(".mmpeft")[0] for key in read_tensors(Path(folder), read_description(folder))}
+    keys = read_tensors(Path(folder), read_description(folder))  # <module path>.<method>__<weight>.<parameter>
+    return {key.rsplit(".", 2)[0] for key in keys}
 
 
 @pytest.mark.parametrize(
     "plan, inside", [(None, ".conv_pw"), ("plan_linear_probe.yaml", None), ("plan_conv_adapter.yaml", "blocks.")]
 )
 def test_vision(fit, plan, inside):
-    steps = 24 if plan is None else 3
+    steps = 16 if plan is None else 3
     run = fit("vision_finetune.yaml", *[plan] * (plan is not None), options=[*SHORT, f"--trainer.limit_train_batches={steps}"])
     scores = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     assert {"val_accuracy", "val_f1", "val_matthews", "val_loss"} <= set(scores)
     if plan is None:
-        assert scores["val_accuracy"] > 0.5  # ten classes, 24 steps
+        assert scores["val_accuracy"] > 0.4  # ten classes, 16 steps
     saved = sites("runs/vision/adapter")
     assert "head" in saved
     assert (inside is None) == (saved == {"head"})

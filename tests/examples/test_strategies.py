@@ -16,7 +16,8 @@ import mmpeft
 
 from .conftest import LLM, ROOT, loss, reloaded
 
-SIZES = ("--data.init_args.train.init_args.size=64", "--data.init_args.val.init_args.size=12")
+QUESTIONS = 64
+SIZES = (f"--data.init_args.train.init_args.size={QUESTIONS}", "--data.init_args.val.init_args.size=12")
 
 
 def test_single(fit, small_llm, workplace):
@@ -24,7 +25,7 @@ def test_single(fit, small_llm, workplace):
     options = [f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1"]
     run = fit("vqa_digits.yaml", "strategy_single.yaml", options=options)
     assert run.trainer.num_devices == 1 and run.trainer.precision == "bf16-mixed"
-    assert run.trainer.global_step == 4
+    assert run.trainer.global_step == -(-QUESTIONS // run.data.batch_size)
     samples = [run.data.datasets["val"][i] for i in range(6)]
     run.model.cpu()
     assert loss(run, samples, reloaded("runs/quickstart/adapter")) == loss(run, samples)
@@ -48,7 +49,8 @@ def test_ddp_on_two_processes(small_llm, workplace):
     )
     assert "MEMBER: 2/2" in said
     metadata = mmpeft.read_metadata("runs/quickstart/adapter")
-    assert metadata["step"] == 2  # 64 questions, 16 a process and step
+    batch_size = yaml.safe_load((ROOT / "examples" / "vqa_digits.yaml").read_text())["data"]["init_args"]["batch_size"]
+    assert metadata["step"] == -(-QUESTIONS // (2 * batch_size))  # a batch for each process and step
     answers = json.loads((workplace / "runs" / "quickstart" / "answers.json").read_text())
     from mmpeft.data import DigitsVQA
 

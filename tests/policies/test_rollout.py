@@ -58,6 +58,15 @@ class Killer(ExpertPolicy):
         return super().act(observation)
 
 
+@pytest.fixture
+def gl():
+    """Skips by the reason where nothing can draw."""
+    from mmpeft.policies.envs.gl import why_no_gl
+
+    if reason := why_no_gl():
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def expert():
     """Rows of the expert on reach and push, in this process."""
@@ -66,12 +75,17 @@ def expert():
 
 def test_expert_solves_and_rows_say_what_happened(expert):
     assert expert.success == 1.0 and expert.interval[1] == 1.0 and 0.6 < expert.interval[0] < 0.62
-    assert [(r["task"], r["seed"]) for r in expert.episodes] == [(t, s) for t in (REACH, "metaworld:push-v3") for s in range(3)]
+    assert [(r["task"], r["seed"]) for r in expert.episodes] == [
+        (t, s) for t in (REACH, "metaworld:push-v3") for s in range(3)
+    ]
     assert {r["instruction"] for r in expert.episodes} == {"reach the goal", "push the puck to the goal"}
     assert all(r["steps"] == r["first_success"] < 200 for r in expert.episodes)
     table = expert.by_task()
     assert table[REACH]["episodes"] == 3 and table[REACH]["steps"] < table["metaworld:push-v3"]["steps"]
-    assert expert.latency["calls"] == sum(r["steps"] for r in expert.episodes) and expert.latency["p95"] >= expert.latency["p50"]
+    assert (
+        expert.latency["calls"] == sum(r["steps"] for r in expert.episodes)
+        and expert.latency["p95"] >= expert.latency["p50"]
+    )
     assert "metaworld:push-v3" in str(expert)
 
 
@@ -89,6 +103,38 @@ def test_a_killed_worker_costs_nothing_but_time(expert, tmp_path):
     assert len(lines) == 1 + 6
 
 
+def test_a_silent_worker_is_replaced(expert):
+    class Stops(Killer):
+        def act(self, observation):
+            self.calls += 1
+            if self.calls == 4:
+                workers = [p for p in multiprocessing.active_children() if p.name.startswith("Worker<")]
+                os.kill(workers[1].pid, signal.SIGSTOP)
+            return ExpertPolicy.act(self, observation)
+
+    result = rollout(Stops(0), env=REACH, seeds=range(2), num_envs=2, timeout=3.0)
+    assert result.settings["restarts"] == 2 and rows(result) == rows(expert)[:2]  # nobody knows who was silent
+
+
+def test_workers_draw_although_this_process_has_drawn(gl):
+    """A process forked from one that has drawn hangs at its first picture; the slots come from a clean server."""
+    env = make_env(REACH, image_size=16)
+    alone = env.reset(seed=1)[0]["images"]
+
+    class Looks(Still):
+        reads = ("images", "state")
+
+    for asynchronous in (True, False):
+        policy = Looks(chunk=4)
+        options = {"max_steps": 8, "image_size": 16, "views": ("corner2",)}
+        settings = {"execute": 4, "num_envs": 2, "asynchronous": asynchronous, "timeout": 60.0}
+        rollout(policy, env=REACH, seeds=[1, 2], options=options, **settings)
+        assert policy.seen[0]["images"].shape == (2, 1, 16, 16, 3) and len(policy.seen) == 2
+        assert np.array_equal(policy.seen[0]["images"][0], alone)
+        assert not np.array_equal(policy.seen[0]["images"][1], alone)
+    env.close()
+
+
 def test_an_episode_that_always_kills_its_worker_is_named():
     with pytest.raises(WorkerDied, match=r"reach-v3 with seed 7 .* 3 times.*-9"):
         rollout(Killer(times=9), env=REACH, seeds=[7], num_envs=1, asynchronous=True)
@@ -99,7 +145,9 @@ def test_shards_join_to_the_whole(expert):
     parts = [rollout(ExpertPolicy(), env=names, seeds=range(3), num_envs=1, shard=(i, 2)) for i in range(2)]
     whole = RolloutResult.merged(parts)
     order = {(r["task"], r["seed"]): r for r in rows(whole)}
-    assert order == {(r["task"], r["seed"]): r for r in rows(expert)} and whole.latency["calls"] == expert.latency["calls"]
+    assert (
+        order == {(r["task"], r["seed"]): r for r in rows(expert)} and whole.latency["calls"] == expert.latency["calls"]
+    )
     with pytest.raises(ConfigError, match="two of the parts"):
         RolloutResult.merged([parts[0], parts[0]])
 

@@ -1,4 +1,4 @@
-"""Behaviour cloning under Lightning: it learns, the folder acts, training resumes bit-equal, bad demonstrations are refused."""
+"""Behaviour cloning under Lightning: it learns, its folder acts, it resumes bit-equal, bad demonstrations are refused."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from mmpeft.policies import heads
 from mmpeft.policies.policy import load_policy
 from mmpeft.policies.trunks import MLPTrunk
 from mmpeft.tasks.callbacks import AdapterCheckpoint
-from mmpeft.tasks.control import ControlData, ControlTask, chunks_of
+from mmpeft.tasks.control import ControlData, ControlTask, Evaluate, chunks_of
 from tests.policies.policy_kit import Demos, eyes, make_policy, observation
 
 PLAN = {"trunk": "full", "head": "full"}
@@ -112,6 +112,22 @@ def test_rollout_hook(make_trainer):
     assert float(trainer.callback_metrics["rollout_success"]) == pytest.approx(0.3)
     with pytest.raises(ConfigError, match="rollout_every"):
         ControlTask(blind(), PLAN, rollout_every=1)
+
+
+def test_evaluate_asks_for_the_seeds_it_names(monkeypatch):
+    import mmpeft.policies
+
+    asked = {}
+
+    class Result:
+        success, interval = 0.5, (0.2, 0.8)
+
+    monkeypatch.setattr(mmpeft.policies, "rollout", lambda policy, **given: asked.update(given) or Result(), raising=False)
+    found = Evaluate("metaworld:push-v3", first_seed=100, episodes=3, options={"views": ["close"]})(blind())
+    assert found == {"success": 0.5, "low": 0.2, "high": 0.8}
+    assert list(asked["seeds"]) == [100, 101, 102] and asked["options"] == {"views": ["close"]}
+    with pytest.raises(ConfigError, match="episodes"):
+        Evaluate("metaworld:push-v3", episodes=0)
 
 
 def test_bad_demonstrations_are_refused_by_name(make_trainer):

@@ -150,8 +150,17 @@ class Demonstrations(Dataset[dict[str, Any]]):
                 )
         return pictures if tuple(names) == known else pictures[:, [known.index(n) for n in names]]
 
-    def render(self) -> Demonstrations:
-        """Render every missing picture now, and free the simulators: afterwards worker processes only read files."""
+    def render(self, *, workers: int = 0) -> Demonstrations:
+        """Render every missing picture now, and free the simulators: afterwards worker processes only read files.
+
+        Args:
+            workers: processes that draw; 0 draws here.
+        """
+        for where, store in enumerate(self.stores):
+            if self._pictures is not None and not store.imported_views:
+                seeds = [e.seed for i, e in self.episodes if i == where]
+                self._caches[where] = self._caches.get(where) or FrameCache(store, **self._pictures)
+                self._caches[where].fill(workers=workers, seeds=seeds)
         for number in range(len(self.episodes)):
             self.pictures(number)
         for cache in self._caches.values():

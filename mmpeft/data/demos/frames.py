@@ -11,8 +11,10 @@ must agree.
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from mmpeft.data.demos.record import check_replay
 from mmpeft.data.demos.store import DemoFolder, Episode, open_pictures, write_pictures
 from mmpeft.errors import ConfigError
+from mmpeft.policies.envs import worker_context
 
 log = logging.getLogger("mmpeft")
 
@@ -60,12 +63,22 @@ class FrameCache:
             assert found is not None
         return found
 
-    def fill(self) -> float:
-        """Render what is missing; frames a second (0 if nothing was)."""
+    def fill(self, *, workers: int = 0, seeds: Sequence[int] | None = None) -> float:
+        """Render what is missing; frames a second (0 if nothing was).
+
+        Args:
+            workers: processes that draw; 0 draws here. seeds: only these episodes.
+        """
         began, drawn = time.perf_counter(), 0
-        for seed in self.store.seeds:
-            if not (self.folder / f"{seed:010d}.npy").exists():
-                drawn += len(self[seed])
+        wanted = self.store.seeds if seeds is None else seeds
+        missing = [s for s in wanted if not (self.folder / f"{s:010d}.npy").exists()]
+        if workers and len(missing) > 1:
+            parts = [missing[i::workers] for i in range(min(workers, len(missing)))]
+            given = [(str(self.store.path), self.options, part) for part in parts]
+            with ProcessPoolExecutor(len(parts), mp_context=worker_context()) as pool:
+                drawn = sum(pool.map(_render_seeds, given))
+        else:
+            drawn = sum(len(self[seed]) for seed in missing)
         seconds = time.perf_counter() - began
         if drawn:
             log.info("rendered %d frames of %s in %.1f s", drawn, self.store.path, seconds)
@@ -95,6 +108,16 @@ class FrameCache:
     def close(self) -> None:
         """Free the simulator and its OpenGL context."""
         self._env.close()
+
+
+def _render_seeds(given: tuple[str, dict[str, Any], list[int]]) -> int:
+    """Render some episodes in a worker process; how many frames they have."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    folder, options, seeds = given
+    cache = FrameCache(folder, **options)
+    frames = sum(len(cache[seed]) for seed in seeds)
+    cache.close()
+    return frames
 
 
 def _name(described: Mapping[str, Any]) -> str:

@@ -1,12 +1,16 @@
 """LeRobotDataset v3.0 folders, written and read without `lerobot`.
 
-write_lerobot("demos/push", "lerobot/push", views=("corner2",), image_size=96)
-store = read_lerobot("lerobot/push", "demos/from_lerobot")
+    write_lerobot("demos/push", "lerobot/push", views=("corner2",), image_size=96)
+    store = read_lerobot("lerobot/push", "demos/from_lerobot")
 
-meta/info.json                              features, fps, paths        meta/stats.json   statistics for normalisation
-meta/tasks.parquet                          instruction -> task_index   meta/episodes/... lengths, offsets, statistics
-by episode data/chunk-000/file-000.parquet             one row a step; pictures inside as PNG, unless video=True
-videos/<key>/chunk-000/file-000.mp4         all episodes after one another
+The layout:
+
+    meta/info.json                        features, frames a second, paths
+    meta/stats.json                       statistics for normalisation
+    meta/tasks.parquet                    instruction -> task_index
+    meta/episodes/chunk-000/file-000.parquet   lengths, offsets and statistics of each episode
+    data/chunk-000/file-000.parquet       one row a step; pictures inside as PNG, unless video=True
+    videos/<key>/chunk-000/file-000.mp4   all episodes after one another
 """
 
 from __future__ import annotations

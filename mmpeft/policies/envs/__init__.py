@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import multiprocessing
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
@@ -38,6 +40,18 @@ def split_name(name: str) -> tuple[str, str]:
         known = ", ".join(f"{f}:<task>" for f in FAMILIES)
         raise NameNotFound(f"an environment is named {known}; got {name!r}{nearest(family, FAMILIES)}")
     return family, task
+
+
+def worker_context() -> Any:
+    """How simulator processes are started: from a fork server that has imported the simulators and drawn nothing.
+
+    A process forked from one that has drawn hangs at its first picture; one that starts from nothing pays the imports.
+    """
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmpeft.policies.envs.preload"])
+    return context
 
 
 def make_env(name: str, **options: Any) -> RobotEnv:

@@ -1,9 +1,8 @@
-"""BabyAI: instructions in a small language, in grid worlds whose picture alone does not say what to do. Actions are
-discrete.
+"""BabyAI: instructions in a small language, in grid worlds whose picture alone does not say what to do.
 
     env = BabyAIEnv("GoToLocal", image_size=56)         # any of BabyAI's levels: "BabyAI-GoToLocal-v0" without its ends
 
-The picture is what the agent sees, 7 x 7 cells in front of it; `state` is the direction it faces, one of four.
+Actions are discrete. The picture is what the agent sees, 7 x 7 cells in front of it; `state` is the direction it faces, one of four.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
 from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps, text_space
+from mmpeft.policies.envs.noise import SensorNoise
 from mmpeft.policies.envs.views import Noise, as_dataclass
-from mmpeft.policies.envs.wrappers import SensorNoise
 
 CELLS = 7  # the agent sees so many cells in each direction
 
@@ -63,7 +62,7 @@ class BabyAIEnv(RobotEnv):
             raise ConfigError("BabyAI has no full_state: its expert plans on the grid itself")
         self.name, self.views, self.image_size = f"babyai:{task}", tuple(views), image_size
         limit = {} if max_steps is None else {"max_steps": positive_steps("max_steps", max_steps)}
-        self.sim: Any = gym.make(f"BabyAI-{task}-v0", disable_env_checker=True, **limit).unwrapped
+        self.sim = cast(Any, gym.make(f"BabyAI-{task}-v0", disable_env_checker=True, **limit).unwrapped)
         self.sensor_noise = SensorNoise(as_dataclass(Noise, noise))
         self.action_space = gym.spaces.Discrete(len(self.sim.actions))
         self.action_noise_mask = np.array([True])

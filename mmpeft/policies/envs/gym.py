@@ -1,7 +1,8 @@
 """Any environment that Gymnasium knows, with pixels or state, as `{images, state, instruction}`.
 
-    env = GymEnv("FrankaKitchen-v1", state="observation", instruction="open the microwave", success="episode_return >=
-    1") env = GymEnv("Pendulum-v1", views=(), success="reward >= -0.1")
+    env = GymEnv("gym_pusht:gym_pusht/PushT-v0", success="is_success", instruction="push the T onto its mark")
+    env = GymEnv("gymnasium_robotics:FrankaKitchen-v1", state="observation", success="episode_return >= 1")
+    env = GymEnv("Pendulum-v1", views=(), success="reward >= -0.1")
 
 What the package cannot know is said in words: which part of a dict observation is the state, what counts as success,
 what the robot is told.
@@ -9,8 +10,10 @@ what the robot is told.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +21,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpeft.errors import ConfigError, NameNotFound, nearest, require
+from mmpeft.errors import ConfigError, MissingExtra, NameNotFound, nearest, require
 from mmpeft.policies.envs.base import Observation, RobotEnv, check_action, positive_steps, text_space
+from mmpeft.policies.envs.gl import choose_gl
+from mmpeft.policies.envs.noise import SensorNoise
 from mmpeft.policies.envs.views import Noise, as_dataclass
-from mmpeft.policies.envs.wrappers import SensorNoise
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -149,6 +153,9 @@ class GymEnv(RobotEnv):
 
     def frame(self, size: int = 256) -> NDArray[np.uint8]:
         image = require("PIL.Image", "vision")
+        if "mujoco" in sys.modules:  # Gymnasium's MuJoCo renderer would take the back end that needs a screen
+            with contextlib.suppress(MissingExtra):  # what draws without OpenGL draws all the same
+                choose_gl()
         picture = image.fromarray(np.asarray(self.sim.render(), np.uint8))
         return np.asarray(
             picture.resize((size, size), image.Resampling.BOX if size < picture.width else image.Resampling.BICUBIC)
@@ -163,10 +170,13 @@ class GymEnv(RobotEnv):
 
 
 def _spec(task: str) -> Any:
+    module, colon, name = task.rpartition(":")
+    if colon:
+        require(module, "robot", f"{name} is registered by the package {module}, which mmpeft does not bring")
     try:
-        return gym.spec(task)
+        return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
-        raise NameNotFound(f"Gymnasium knows no {task!r} ({error}){nearest(task, gym.registry)}") from error
+        raise NameNotFound(f"Gymnasium knows no {name!r} ({error}){nearest(name, gym.registry)}") from error
 
 
 def _success(said: str) -> Callable[[Mapping[str, Any], float, float], bool]:

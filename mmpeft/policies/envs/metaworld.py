@@ -1,5 +1,4 @@
-"""Metaworld's 50 manipulation tasks, with `reset(seed)` that decides the episode and pictures drawn only when asked
-for.
+"""Metaworld's 50 manipulation tasks, with `reset(seed)` that decides the episode and pictures drawn on demand.
 
     env = MetaworldEnv("push-v3", views=("close",), image_size=96)
     observation, info = env.reset(seed=50_000)
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
 from mmpeft.policies.envs.base import Array, Observation, RobotEnv, check_action, positive_steps, text_space
+from mmpeft.policies.envs.noise import SensorNoise
 from mmpeft.policies.envs.renderer import Renderer
 from mmpeft.policies.envs.sentences import SENTENCES, Wording, sentence
 from mmpeft.policies.envs.views import Noise, Shift, View, as_dataclass, as_views, digest
-from mmpeft.policies.envs.wrappers import SensorNoise
 
 HORIZON = 500  # the library's own; its simulator refuses to go on after it
 STATE = 4  # hand x, y, z in metres; gripper opening, 0 closed to 1 open

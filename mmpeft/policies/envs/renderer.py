@@ -67,7 +67,8 @@ class Renderer:
         mujoco = require("mujoco", "robot")
         side = view.crop[2] if view.crop else 1.0
         full = round(size * view.supersample / side)
-        self._open(mujoco, full)
+        kept_side = size * view.supersample
+        self._open(mujoco, kept_side)
         model, scratch, scene, context = self.model, self._scratch, self._scene, self._context
         state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -85,14 +86,16 @@ class Renderer:
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             scene.flags[flag] = 0
         self._gl.make_current()
-        rect, pixels = mujoco.MjrRect(0, 0, full, full), np.empty((full, full, 3), np.uint8)
-        mujoco.mjr_render(rect, scene, context)
-        mujoco.mjr_readPixels(pixels, None, rect, context)
-        # OpenGL's rows run from the bottom up. A camera that hangs upside down turns the picture by half a circle.
-        upright = pixels[:, ::-1] if self._hangs(camera.fixedcamid) else pixels[::-1]
-        kept_side = size * view.supersample
+        # Only the crop is drawn: the whole picture's viewport reaches beyond the buffer. OpenGL's rows run from the
+        # bottom up; a camera that hangs upside down turns the picture by half a circle.
+        hangs = self._hangs(camera.fixedcamid)
         x, y = (min(round(v * full), full - kept_side) for v in (view.crop or (0, 0))[:2])
-        return np.ascontiguousarray(shrink(upright[y : y + kept_side, x : x + kept_side], view.supersample))
+        left, bottom = (full - kept_side - x, y) if hangs else (x, full - kept_side - y)
+        mujoco.mjr_render(mujoco.MjrRect(-left, -bottom, full, full), scene, context)
+        pixels = np.empty((kept_side, kept_side, 3), np.uint8)
+        mujoco.mjr_readPixels(pixels, None, mujoco.MjrRect(0, 0, kept_side, kept_side), context)
+        upright = pixels[:, ::-1] if hangs else pixels[::-1]
+        return np.ascontiguousarray(shrink(upright, view.supersample))
 
     def _hangs(self, camera: int) -> bool:
         """Is the world's up the picture's down? From the camera's own axes: y of its frame is the picture's up."""

@@ -4,7 +4,8 @@
     GaussianHead     one Gaussian a number                 MixtureHead    a mixture over whole chunks (robomimic)
     BinnedHead       256 bins a number (RT-2, OpenVLA)     FASTHead       cosine transform and byte pairs (pi0-FAST)
     ACTHead          conditional VAE (ACT)                 DiffusionHead  DDPM, predicted by DDIM (Diffusion Policy)
-    FlowHead         flow matching (pi0)                   DiscreteHead   one of A actions (BabyAI)
+    FlowHead         flow matching (pi0)                   VQBeTHead      residual codes and offsets (VQ-BeT)
+    DiscreteHead     one of A actions (BabyAI)
 """
 
 from mmpeft.policies.heads.act import ACTHead
@@ -15,6 +16,7 @@ from mmpeft.policies.heads.flow import FlowHead
 from mmpeft.policies.heads.gaussian import GaussianHead, MixtureHead
 from mmpeft.policies.heads.regression import RegressionHead
 from mmpeft.policies.heads.tokens import BinnedHead, DiscreteHead
+from mmpeft.policies.heads.vqbet import VQBeTHead
 
 __all__ = [
     "ACTHead",
@@ -27,4 +29,5 @@ __all__ = [
     "Head",
     "MixtureHead",
     "RegressionHead",
+    "VQBeTHead",
 ]

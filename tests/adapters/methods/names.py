@@ -89,6 +89,35 @@ WHERE = {
     "HiRA": "HiRA",
     "SHiRA": "SHiRA",
     "DeLoRA": "DeLoRA",
+    # dynamic rank
+    "DyLoRA": "DyLoRA",
+    "AdaLoRA": "AdaLoRA",
+    "SoRA": "SoRA",
+    "IncreLoRA": "IncreLoRA",
+    "AutoLoRA": "AutoLoRA",
+    "CapaBoost": "CapaBoost",
+    "Layer-wise rank schedule": "Layer-wise rank schedule",
+    # Bayesian, regularised and continual LoRA
+    "Laplace-LoRA": "Laplace-LoRA",
+    "LoRA Dropout": "LoRADropout",
+    "PeriodicLoRA": "PeriodicLoRA",
+    "IVON-LoRA": "IVON-LoRA",
+    "O-LoRA": "O-LoRA",
+    # quantised
+    "QLoRA": "QLoRA",
+    "QA-LoRA": "QALoRA",
+    "LoftQ": "LoftQ",
+    "LR-QAT": "LRQAT",
+    "PEQA": "PEQA",
+    "SVDQuant": "SVDQuant",
+    "QIA3, QVeRA, QLoHA": "QIA3, QVeRA, QLoHA, PEFT+PTQ, PTQ+PEFT",
+    "Hybrid bit-width": "Hybrid bit-width",
+    # pruning, gradient-free
+    "LoRAPrune": "LoRAPrune",
+    "AdapterDrop": "AdapterDrop",
+    "Channel-wise LoRA pruning": "Channel-wise LoRA pruning",
+    "MeZO": "MeZO",
+    "Early-convergence stop": "Early-convergence stop",
 }
 
 PENDING = (
@@ -96,6 +125,5 @@ PENDING = (
     "FISH-IRD", "U-MaM", "S-MaM", "SpIEL-MA", "SAM", "SH-PEFT",
     "IST",
     "ReLoRA", "DnA",
-    "DyLoRA", "AdaLoRA", "SoRA", "CapaBoost", "AutoLoRA", "IncreLoRA",
-    "Laplace-LoRA", "LoRA Dropout", "PeriodicLoRA", "Trans-LoRA", "SVDQuant", "IVON-LoRA",
+    "Trans-LoRA", "LoRAShear", "LLM-Pruner", "Light-PEFT", "APT", "FLOP", "DEFT",
 )  # fmt: skip

@@ -10,7 +10,6 @@ from cases import close, deltas, fill
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import compact as compacting
 from mmpeft.adapters import dynamic_rank, rank, rank_policies
 from mmpeft.adapters.autolora import AutoLoRASearch
 from mmpeft.errors import ConfigError, Unsupported
@@ -188,7 +187,7 @@ def test_set_rank_is_compaction_of_the_tail(tmp_path):
     model, x = adapted(DyLoRA(rank=4, alpha=2)), torch.randn(3, 6)
     rank_policies.set_rank(model, 3)
     y = model(x)
-    assert compacting.compact(model) == {f"{i}.weight": 3 for i in (0, 2, 4)}
+    assert mmpeft.compact(model) == {f"{i}.weight": 3 for i in (0, 2, 4)}
     assert close(model(x), y, 1e-6) and deltas(model)[0].A.shape == (3, 6)
     with pytest.raises(ConfigError, match="1 to 3"):
         rank_policies.set_rank(model, 4)
@@ -245,7 +244,7 @@ def test_compaction_keeps_the_output_and_the_file(cls, tmp_path):
             (d.g if method.name == "sora" else d.lam).mul_(mask)
     y = model(x)
     given = {n: torch.tensor(k) for n, k in keep.items()} if method.name == "increlora" else None
-    found = compacting.compact(model, "a", keep=given)
+    found = mmpeft.compact(model, "a", keep=given)
     assert found == {"0.weight": 2, "2.weight": 0, "4.weight": 3}
     assert close(model(x), y, 1e-6)
     per_rank = [6 + 9 + 1, 9 + 5 + 1]
@@ -270,13 +269,13 @@ def test_lora_channels_are_pruned_by_norm_with_equal_output(tmp_path):
         reference = copy.deepcopy(model)
         for d in deltas(reference):
             d.B.mul_(d.B.norm(dim=0) * d.A.norm(dim=1) >= least)
-    found = compacting.prune_channels(model, keep=0.5)
+    found = mmpeft.prune_channels(model, keep=0.5)
     assert sum(found.values()) == 6 and close(model(x), reference(x), 1e-6)
     mmpeft.save(model, tmp_path)
     other = small()
     mmpeft.load(other, tmp_path)
     assert close(other(x), model(x), 1e-6)
-    assert compacting.prune_channels(adapted(mmpeft.DoRA(rank=4)), keep=1, per_site=True) == {
+    assert mmpeft.prune_channels(adapted(mmpeft.DoRA(rank=4)), keep=1, per_site=True) == {
         f"{i}.weight": 1 for i in (0, 2, 4)
     }
 
@@ -298,7 +297,7 @@ def test_compaction_by_role_keeps_the_other_roles_and_other_methods(tmp_path):
         q.g.zero_()
         v.g[0] = 0
     y = model(x)
-    assert compacting.compact(model) == {"qkv.weight[q]": 0, "qkv.weight[v]": 2}
+    assert mmpeft.compact(model) == {"qkv.weight[q]": 0, "qkv.weight[v]": 2}
     assert close(model(x), y, 1e-6)
     assert sorted(g["lr"] for g in mmpeft.parameter_groups(model, lr=1.0)) == [0.25, 0.5]
     mmpeft.save(model, tmp_path)
@@ -306,7 +305,7 @@ def test_compaction_by_role_keeps_the_other_roles_and_other_methods(tmp_path):
     assert close(plain(x), y, 1e-6)
     with torch.no_grad():
         next(d for d in deltas(model) if d.method.name == "sora").g.zero_()
-    assert compacting.compact(model) == {"qkv.weight[v]": 0}
+    assert mmpeft.compact(model) == {"qkv.weight[v]": 0}
     assert [d.site.name for d in deltas(model)] == ["qkv.bias"]
 
 
@@ -316,14 +315,14 @@ def test_dropping_whole_sites(tmp_path):
     with torch.no_grad():
         for d in deltas(y4)[:2]:
             d.B.zero_()
-    assert compacting.drop_sites(model, lambda site: site.path in ("0", "2")) == ["0.weight", "2.weight"]
+    assert mmpeft.drop_sites(model, lambda site: site.path in ("0", "2")) == ["0.weight", "2.weight"]
     assert close(model(x), y4(x), 1e-6)
     mmpeft.save(model, tmp_path)
     other = small()
     mmpeft.load(other, tmp_path)
     assert close(other(x), model(x), 1e-6)
     with pytest.raises(ConfigError, match="not all"):
-        compacting.drop_sites(model, lambda site: True)
+        mmpeft.drop_sites(model, lambda site: True)
 
 
 def test_autoloras_gradient_is_that_of_the_unrolled_step():
@@ -413,10 +412,10 @@ def test_a_controller_goes_on_where_its_checkpoint_stopped():
         (lambda: rank.RankController(adapted(SoRA(rank=2)), Budget(1, 10)), "works on AdaLoRA"),
         (lambda: rank.RankController(adapted(AdaLoRA(rank=2)), Budget(3, 10)), "more than the 2"),
         (lambda: rank.RankController(adapted(AdaLoRA(rank=2)), Budget(1, 10)).step(), "no gradient"),
-        (lambda: compacting.compact(adapted(mmpeft.LoRA(rank=2))), "no site with components"),
-        (lambda: compacting.prune_channels(adapted(mmpeft.BitFit()), keep=1), "pair"),
-        (lambda: compacting.prune_channels(adapted(mmpeft.LoRA(rank=2)), keep=9), "1 to 6"),
-        (lambda: compacting.compact(adapted(SoRA(rank=2)), keep={"0.weight": torch.ones(3)}), "mask of 3"),
+        (lambda: mmpeft.compact(adapted(mmpeft.LoRA(rank=2))), "no site with components"),
+        (lambda: mmpeft.prune_channels(adapted(mmpeft.BitFit()), keep=1), "pair"),
+        (lambda: mmpeft.prune_channels(adapted(mmpeft.LoRA(rank=2)), keep=9), "1 to 6"),
+        (lambda: mmpeft.compact(adapted(SoRA(rank=2)), keep={"0.weight": torch.ones(3)}), "mask of 3"),
         (lambda: AutoLoRASearch(adapted(SoRA(rank=2)), lr=0.1, inner_lr=0), "no AutoLoRA"),
     ],
 )  # fmt: skip
@@ -435,4 +434,4 @@ def test_stacks_of_experts_are_controlled_but_not_compacted():
     (model(x).square().mean() + controller.penalty()).backward()
     assert controller.step(4) == 2
     with pytest.raises(Unsupported, match="experts"):
-        compacting.compact(model)
+        mmpeft.compact(model)

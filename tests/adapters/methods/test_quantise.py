@@ -14,10 +14,11 @@ from cases import close, deltas, fill
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import nf4, quantise, quantised
+from mmpeft.adapters import nf4, quantised
 from mmpeft.adapters.fingerprint import fingerprint
 from mmpeft.adapters.integer import FP8, Int, pack, unpack
 from mmpeft.adapters.packed_weight import PackedWeight
+from mmpeft.adapters.quantise import linears, split
 from mmpeft.errors import ConfigError, FileFormatError, MmpeftError, NameNotFound, Unsupported
 
 ALL = [nf4.NF4(), nf4.NF4(double=False), Int(8), Int(4, 8), Int(4, 8, True), Int(2, 4), Int(8, affine=True), FP8()]
@@ -98,11 +99,11 @@ def test_fp8_is_a_cast_with_a_row_scale():
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=str)
-def test_a_packed_weight_is_a_parameter_like_any_other(scheme):
+def test_a_packed_weight_is_a_parameter_like_any_other(scheme, tmp_path):
     model, x = net(), torch.randn(3, 5, 16)
-    quantise.quantise(model, "{up,down}", scheme)
+    mmpeft.quantise(model, "{up,down}", scheme)
     dense = copy.deepcopy(model)
-    assert quantise.dequantise(dense) == ["up", "down"] and type(dense.up.weight) is nn.Parameter
+    assert mmpeft.dequantise(dense) == ["up", "down"] and type(dense.up.weight) is nn.Parameter
     y = model(x)
     assert isinstance(model.up.weight, nn.Parameter) and close(y, dense(x), 1e-6)
     assert fingerprint(model) == fingerprint(dense)
@@ -112,12 +113,16 @@ def test_a_packed_weight_is_a_parameter_like_any_other(scheme):
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     other = net()
-    quantise.quantise(other, "{up,down}", scheme)
+    mmpeft.quantise(other, "{up,down}", scheme)
     other.load_state_dict(torch.load(buffer, weights_only=False))
     assert torch.equal(other(x), y)
     moved = copy.deepcopy(model).bfloat16()
     assert moved.up.weight.dtype == torch.bfloat16 and moved(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(moved.up.weight.packed["codes"], model.up.weight.packed["codes"])
+    mmpeft.save_packed(model, tmp_path / "base.safetensors")
+    again = net()
+    assert mmpeft.load_packed(again, tmp_path / "base.safetensors") == ["up", "down"] and torch.equal(again(x), y)
+    assert again.up.weight.scheme == scheme and mmpeft.inspect(again, {"up": mmpeft.LoRA(rank=1)}).base_bytes < 2400
     fresh = torch.randn(24, 16)
     with torch.no_grad():
         model.up.weight.copy_(fresh)
@@ -126,9 +131,9 @@ def test_a_packed_weight_is_a_parameter_like_any_other(scheme):
 
 def test_gradients_pass_and_no_dense_weight_is_saved():
     model, x = net(), torch.randn(3, 5, 16, requires_grad=True)
-    quantise.quantise(model, "{up,down}", "nf4")
+    mmpeft.quantise(model, "{up,down}", "nf4")
     dense = copy.deepcopy(model)
-    quantise.dequantise(dense)
+    mmpeft.dequantise(dense)
     for p in [*model.parameters(), *dense.parameters()]:
         p.requires_grad_(False)
     saved = []
@@ -147,7 +152,7 @@ def test_gradients_pass_and_no_dense_weight_is_saved():
 
 def test_qlora_trains_on_a_packed_base_without_forming_the_weight(tmp_path, monkeypatch):
     model, x = net(), torch.randn(32, 16)
-    quantise.quantise(model, "{up,down}", "nf4")
+    mmpeft.quantise(model, "{up,down}", "nf4")
     with torch.no_grad():
         base = model(x)
     mmpeft.attach(model, {"{up,down}": mmpeft.LoRA(rank=2)}, name="a", example=x)
@@ -178,7 +183,7 @@ def test_qlora_trains_on_a_packed_base_without_forming_the_weight(tmp_path, monk
     mmpeft.unmerge(model)
     mmpeft.save(model, tmp_path)
     other = net()
-    quantise.quantise(other, "{up,down}", "nf4")
+    mmpeft.quantise(other, "{up,down}", "nf4")
     mmpeft.load(other, tmp_path)
     assert close(other(x), y, 1e-6)
     with pytest.raises(MmpeftError, match="another base|same tensor names"):
@@ -188,18 +193,59 @@ def test_qlora_trains_on_a_packed_base_without_forming_the_weight(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "method", [mmpeft.DoRA(rank=2), mmpeft.LoHa(rank=2), mmpeft.IA3(), mmpeft.RoCoFT(rank=2)], ids=lambda m: m.name
+    "method",
+    [
+        mmpeft.DoRA(rank=2),
+        mmpeft.LoHa(rank=2),
+        mmpeft.IA3(),
+        mmpeft.RoCoFT(rank=2),
+        mmpeft.Full(),
+        mmpeft.LoRAXS(rank=2),
+        mmpeft.LoRA(rank=2, init_from="pissa"),
+        mmpeft.AdaLoRA(rank=2, std=0.3),
+        mmpeft.LoRAPrune(rank=2),
+    ],
+    ids=lambda m: m.name,
 )
 def test_other_methods_work_on_packed_bases(method):
     model, x = net(), torch.randn(4, 16)
-    quantise.quantise(model, "{up,down}", Int(8))
+    mmpeft.quantise(model, "{up,down}", Int(8))
     with torch.no_grad():
         base = model(x)
     mmpeft.attach(model, {"up": method}, name="a", example=x)
-    assert close(model(x), base, 1e-5)
+    assert close(model(x), base, 1e-3)
+    assert not any(isinstance(p, PackedWeight) for d in deltas(model) for p in d.parameters())
     fill(model)
     dense = method.weight(model.up._parameters["weight"].dense(), deltas(model)[0])
     assert close(model.up.weight, dense, 1e-6) and not close(model(x), base, 1e-3)
+
+
+def test_roles_of_a_packed_fused_weight_and_weights_that_are_only_read():
+    from cases import DirectRead
+
+    torch.manual_seed(0)
+    model, x = DirectRead().eval(), torch.randn(3, 5, 6)
+    mmpeft.quantise(model, "qkv", Int(8))
+    W = model.qkv.weight.dense()
+    mmpeft.attach(model, {"qkv[q,v]": mmpeft.LoRA(rank=2)}, name="a", example=x)
+    fill(model)
+    q, v = (d.B @ d.A for d in deltas(model))
+    assert close(model.qkv.weight, W + torch.cat([q, torch.zeros(6, 6), v]), 1e-6)
+    assert close(model.qkv(x), F.linear(x, model.qkv.weight, model.qkv.bias), 1e-6)
+
+
+def test_it_compiles_in_one_graph():
+    model, x = net(), torch.randn(4, 16)
+    mmpeft.quantise(model, "{up,down}", "nf4")
+    mmpeft.attach(model, {"{up,down}": mmpeft.LoRA(rank=2)}, name="a", example=x)
+    fill(model)
+    params = [p for d in deltas(model) for p in (d.A, d.B)]
+    expected = torch.autograd.grad(model(x).square().sum(), params)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert close(y, model(x), 1e-6)
+    for g, e in zip(torch.autograd.grad(y.square().sum(), params), expected, strict=True):
+        assert close(g, e, 1e-5)
 
 
 def test_loftq_alternates_and_beats_plain_rounding(tmp_path):
@@ -210,14 +256,14 @@ def test_loftq_alternates_and_beats_plain_rounding(tmp_path):
         Q = PackedWeight.of(W - product, Int(4, 8)).dense()
         U, S, Vh = torch.linalg.svd(W - Q)
         product = U[:, :3] @ torch.diag(S[:3]) @ Vh[:3]
-    quantise.loftq(model, {"up": mmpeft.LoRA(rank=3, alpha=6), "head": "full"}, Int(4, 8), "a", steps=3)
+    mmpeft.loftq(model, {"up": mmpeft.LoRA(rank=3, alpha=6), "head": "full"}, Int(4, 8), "a", steps=3)
     assert close(model.up._parameters["weight"].dense(), Q, 1e-6) and close(model.up.weight, Q + product, 1e-5)
     plain = PackedWeight.of(W, Int(4, 8)).dense()
     assert (model.up.weight - W).norm() < 0.9 * (plain - W).norm()
     y = model(x)
     mmpeft.save(model, tmp_path)
     other = net()
-    quantise.loftq(other, {"up": mmpeft.LoRA(rank=3, alpha=6)}, Int(4, 8), "b", steps=3)
+    mmpeft.loftq(other, {"up": mmpeft.LoRA(rank=3, alpha=6)}, Int(4, 8), "b", steps=3)
     mmpeft.detach(other)
     mmpeft.load(other, tmp_path)
     assert close(other(x), y, 1e-6)
@@ -226,7 +272,7 @@ def test_loftq_alternates_and_beats_plain_rounding(tmp_path):
 def test_svdquants_split_takes_the_leading_part_out_first():
     torch.manual_seed(0)
     W = torch.randn(24, 16) + 20 * torch.outer(torch.randn(24), torch.randn(16))
-    Q, A, B = quantise.split(W, 2, Int(4, 8), start="svd")
+    Q, A, B = split(W, 2, Int(4, 8), start="svd")
     U, S, Vh = torch.linalg.svd(W)
     lead = U[:, :2] @ torch.diag(S[:2]) @ Vh[:2]
     assert close(B @ A, lead, 1e-5) and close(Q.dense(), PackedWeight.of(W - lead, Int(4, 8)).dense(), 1e-4)
@@ -235,7 +281,7 @@ def test_svdquants_split_takes_the_leading_part_out_first():
 
 def test_qalora_merges_into_the_zeros_without_touching_integers():
     model, x = net(), torch.randn(3, 16)
-    quantise.quantise(model, "up", Int(4, 8, affine=True))
+    mmpeft.quantise(model, "up", Int(4, 8, affine=True))
     mmpeft.attach(model, {"up": quantised.QALoRA(rank=2, alpha=6, group=8)}, name="a", example=x)
     fill(model)
     d, W = deltas(model)[0], model.up._parameters["weight"]
@@ -251,7 +297,7 @@ def test_qalora_merges_into_the_zeros_without_touching_integers():
 @pytest.mark.parametrize("group", [None, 8])
 def test_peqa_trains_scales_of_fixed_integers(group, tmp_path):
     model, x = net(), torch.randn(3, 16)
-    quantise.quantise(model, "up", Int(4, group))
+    mmpeft.quantise(model, "up", Int(4, group))
     base = model(x)
     groups = 1 if group is None else 2
     assert mmpeft.inspect(net(), {"up": quantised.PEQA(group=group)}).trainable == 24 * groups
@@ -313,7 +359,7 @@ def test_lrqat_learns_a_low_bit_weight():
 def test_bit_allocation_is_the_best_there_is():
     """Against all 4^3 choices."""
     model = net()
-    W = {p: m.weight.detach() for p, m in quantise.linears(model, "{up,down,head}").items()}
+    W = {p: m.weight.detach() for p, m in linears(model, "{up,down,head}").items()}
     schemes = {"int2": Int(2, 8), "int4": Int(4, 8), "int8": Int(8)}
     importance = {p: torch.rand_like(w) for p, w in W.items()}
 
@@ -332,14 +378,14 @@ def test_bit_allocation_is_the_best_there_is():
                 fits.append(sum(c[1] for c in costs))
         if not fits:
             with pytest.raises(ConfigError, match="too small"):
-                quantise.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
+                mmpeft.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
             continue
-        found = quantise.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
+        found = mmpeft.plan_bits(model, "{up,down,head}", budget, schemes=schemes, importance=importance)
         names = {v: k for k, v in schemes.items()} | {"16": "16"}
         assert sum(cost(p, names[s])[1] for p, s in found.items()) == pytest.approx(min(fits), rel=1e-6, abs=1e-9)
     twin = net()
-    quantise.quantise(twin, found)
-    assert quantise.packed_bytes(twin) <= budget + sum(
+    mmpeft.quantise(twin, found)
+    assert mmpeft.packed_bytes(twin) <= budget + sum(
         p.nbytes for n, p in twin.named_parameters() if not n.endswith(("up.weight", "down.weight", "head.weight"))
     )
 
@@ -372,11 +418,11 @@ def bitsandbytes_state(W, double, block=64, nested=256):
 def test_bitsandbytes_checkpoints_are_read(double):
     model = net()
     state, values = bitsandbytes_state(torch.randn(24, 16), double)
-    assert quantise.load_bitsandbytes(model, state) == ["up"]
+    assert mmpeft.load_bitsandbytes(model, state) == ["up"]
     assert model.up.weight.dtype == torch.bfloat16 and torch.equal(model.up.weight.dense(), values.bfloat16())
     del state["up.weight.absmax"]
     with pytest.raises(FileFormatError, match="lacks up.weight.absmax"):
-        quantise.load_bitsandbytes(net(), state)
+        mmpeft.load_bitsandbytes(net(), state)
 
 
 def _tied():
@@ -395,16 +441,18 @@ def _adapted():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: quantise.quantise(net(), "up", "nf8"), NameNotFound, "nearest: nf4"),
-        (lambda: quantise.quantise(net(), "norm"), NameNotFound, "no nn.Linear"),
-        (lambda: quantise.quantise(net(), "upp"), NameNotFound, "nearest: up"),
-        (lambda: quantise.quantise(net(), "up", Int(4, 5)), ConfigError, "does not divide the 16"),
-        (lambda: quantise.quantise(_tied(), "down"), Unsupported, "tied"),
-        (lambda: quantise.quantise(_adapted(), "down"), ConfigError, "before attaching"),
+        (lambda: mmpeft.quantise(net(), "up", "nf8"), NameNotFound, "nearest: nf4"),
+        (lambda: mmpeft.quantise(net(), "norm"), NameNotFound, "no nn.Linear"),
+        (lambda: mmpeft.quantise(net(), "upp"), NameNotFound, "nearest: up"),
+        (lambda: mmpeft.quantise(net(), "up", Int(4, 5)), ConfigError, "does not divide the 16"),
+        (lambda: mmpeft.quantise(_tied(), "down"), Unsupported, "tied"),
+        (lambda: mmpeft.quantise(_adapted(), "down"), ConfigError, "before attaching"),
         (lambda: Int(3), ConfigError, "2, 4 or 8"),
+        (lambda: mmpeft.load_packed(net(), "nowhere.safetensors"), FileFormatError, "no file"),
+        (lambda: mmpeft.save_packed(net(), "x.safetensors"), ConfigError, "no packed weight"),
         (lambda: nf4.NF4(block=0), ConfigError, "block 0"),
-        (lambda: quantise.loftq(net(), {"norm": mmpeft.LayerNormTuning()}), ConfigError, "no LoRA"),
-        (lambda: quantise.loftq(net(), {"up": mmpeft.LoRA(rank=2)}, steps=0), ConfigError, "at least 1"),
+        (lambda: mmpeft.loftq(net(), {"norm": mmpeft.LayerNormTuning()}), ConfigError, "no LoRA"),
+        (lambda: mmpeft.loftq(net(), {"up": mmpeft.LoRA(rank=2)}, steps=0), ConfigError, "at least 1"),
         (lambda: quantised.merge_qalora(_adapted(), "default"), Unsupported, "does not merge"),
         (lambda: quantised.LRQAT(bits=5), ConfigError, "2, 4 or 8"),
         (lambda: quantised.LRQAT(dropout=0.1), ConfigError, "dropout"),

@@ -63,7 +63,12 @@ def test_lerobot_layout(dataset):
     assert tasks.loc[data.instruction(2), "task_index"] == 1 and episodes[2]["tasks"] == [data.instruction(2)]
     stats = json.loads((root / "meta/stats.json").read_text())
     actions = np.concatenate([e["action"] for _, e in data.episodes])
-    for name, value in (("mean", actions.mean(0)), ("std", actions.std(0)), ("min", actions.min(0)), ("max", actions.max(0))):
+    for name, value in (
+        ("mean", actions.mean(0)),
+        ("std", actions.std(0)),
+        ("min", actions.min(0)),
+        ("max", actions.max(0)),
+    ):
         assert np.allclose(stats["action"][name], value, atol=1e-6)
     assert stats["action"]["count"] == [len(actions)]
     assert np.shape(stats["observation.images.close"]["mean"]) == (3, 1, 1)

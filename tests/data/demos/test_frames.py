@@ -1,5 +1,7 @@
 """Rendered pictures equal what the policy sees live; samples hold chunks that end with their episode."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,19 @@ def test_pictures_are_drawn_once_and_again_if_damaged(recorded, gl):
     cache.close()
 
 
+def test_workers_render_the_same(recorded, gl, tmp_path):
+    here = FrameCache(recorded / "reach", views=("corner2",), image_size=8)
+    shutil.copytree(recorded / "reach", tmp_path / "reach", ignore=shutil.ignore_patterns("frames"))
+    there = FrameCache(tmp_path / "reach", views=("corner2",), image_size=8)
+    assert there.fill(workers=2) > 0 and here.fill() > 0
+    assert all(np.array_equal(here[seed], there[seed]) for seed in (0, 1))
+    here.close()
+
+
 def test_samples(recorded, gl):
-    data = Demonstrations([recorded / "reach", recorded / "button"], chunk=5, views=("corner2",), image_size=16).render()
+    data = Demonstrations(
+        [recorded / "reach", recorded / "button"], chunk=5, views=("corner2",), image_size=16
+    ).render()
     lengths = [len(e) for _, e in data.episodes]
     assert len(data) == sum(lengths) and len(lengths) == 3
     for i in (0, lengths[0] - 2, len(data) - 1):

@@ -107,7 +107,9 @@ def test_episodes_that_do_not_fit_are_not_written(recorded, tmp_path):
         with pytest.raises(FileFormatError, match=says):
             write_episode(tmp_path / "x.safetensors", Episode(0, "", {**good.arrays, **arrays}))
     with pytest.raises(FileFormatError, match="reward"):
-        write_episode(tmp_path / "x.safetensors", Episode(0, "", {k: v for k, v in good.arrays.items() if k != "reward"}))
+        write_episode(
+            tmp_path / "x.safetensors", Episode(0, "", {k: v for k, v in good.arrays.items() if k != "reward"})
+        )
     assert not list(tmp_path.iterdir())
     write_episode(tmp_path / "x.safetensors", good)
     back = read_episode(tmp_path / "x.safetensors")
@@ -152,3 +154,13 @@ def test_discrete_demonstrations(tmp_path):
     assert len(found.recorded) == 4 and verify(tmp_path) == 4
     assert all(e["action"].dtype == np.int64 and "snapshot" not in e.arrays for e in store)
     assert any((e["action"] != e["executed"]).any() for e in store)
+
+
+def test_the_command(tmp_path, capsys):
+    from mmpeft.policies.commands import collect as command
+
+    args = ["--env", "metaworld:reach-v3", "--episodes", "1", "--noise", "0.1", "--seeds", "4:9"]
+    assert command([*args, "--folder", str(tmp_path), "--options", "max_steps=200", "--extra-steps", "2"]) == 0
+    store = DemoFolder(tmp_path)
+    assert store.seeds == [4] and store.description["options"] == {"max_steps": 200}
+    assert "1 episodes" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from mmpeft.policies.experts import make_expert
 PLAY = """
 import hashlib
 from mmpeft.policies import make_env, make_expert
-env, expert = make_env("metaworld:push-v3", views={views}, image_size=24, full_state=True), make_expert("metaworld:push-v3")
+env = make_env("metaworld:push-v3", views={views}, image_size=24, full_state=True)
+expert = make_expert("metaworld:push-v3")
 digest = hashlib.sha256()
 observation, _ = env.reset(seed=11)
 for _ in range(12):
@@ -249,7 +250,9 @@ def test_wrong_names_are_refused(name):
         make_env(name)
 
 
-@pytest.mark.parametrize(("action", "says"), [([0.0] * 3, "shape"), ([0, 0, np.nan, 0], "finite"), ([[0] * 4], "shape")])
+@pytest.mark.parametrize(
+    ("action", "says"), [([0.0] * 3, "shape"), ([0, 0, np.nan, 0], "finite"), ([[0] * 4], "shape")]
+)
 def test_wrong_actions_are_refused(action, says):
     env = make_env("metaworld:push-v3", views=())
     env.reset(seed=0)

@@ -1,5 +1,5 @@
-"""Two ways past an obstacle: demonstrators turn left or right, never straight. Mixture, diffusion and flow find both
-ways, and L1 and L2 regression and a Gaussian do neither; the chunk keeps to one way from start to end."""
+"""Two ways past an obstacle: demonstrators turn left or right, never straight. Mixture, VQ-BeT, diffusion and flow
+find both ways, and L1 and L2 regression and a Gaussian do neither; the chunk keeps to one way from start to end."""
 
 import functools
 
@@ -11,6 +11,7 @@ from mmpeft.policies import heads
 CHUNK = 4
 HEADS = {
     "mixture": lambda: heads.MixtureHead(modes=4),
+    "vqbet": lambda: heads.VQBeTHead(codes=2, books=1, width=32),
     "diffusion": lambda: heads.DiffusionHead(train_steps=50, predict_steps=10, width=32, depth=1, heads=2),
     "flow": lambda: heads.FlowHead(width=32, depth=1, heads=2),
     "l2": lambda: heads.RegressionHead(norm="l2"),
@@ -26,6 +27,7 @@ def predictions(name):
     features = torch.ones(64, 3)
     side = torch.tensor([-0.8, 0.8]).repeat(32)[:, None]
     actions = torch.stack([side.expand(-1, CHUNK), torch.full((64, CHUNK), 0.3)], -1)
+    head.fit(actions)
     steps = 500 if name in ("diffusion", "flow") else 250
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -38,7 +40,7 @@ def predictions(name):
         return head.predict(torch.ones(200, 3), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["mixture", "diffusion", "flow"])
+@pytest.mark.parametrize("name", ["mixture", "vqbet", "diffusion", "flow"])
 def test_both_modes_are_found(name):
     side = predictions(name)[..., 0]  # [200, chunk]
     near = (side.abs() - 0.8).abs() < 0.25

@@ -9,6 +9,7 @@ from mmpeft.errors import BadSample, ConfigError, FileFormatError
 from mmpeft.policies import heads
 from mmpeft.policies.heads.fast_tokeniser import FASTTokeniser, dct_matrix, learn_merges
 from mmpeft.policies.heads.tokens import from_bins, to_bins
+from mmpeft.policies.heads.vqbet import k_means, residual_codes
 
 
 @pytest.mark.parametrize("bins", [2, 7, 256])
@@ -107,3 +108,31 @@ def test_fast_head_keeps_its_tokeniser_in_the_adapter():
     third = heads.FASTHead(vocabulary=128, width=16, depth=1, heads=2).build(in_dim=4, action_dim=2, chunk=8)
     with pytest.raises(ConfigError, match="does not fit"):
         third.set_facts(head.facts())
+
+
+def test_residual_codebooks():
+    """Clusters are found; each further codebook leaves less; what is kept in the adapter is exact."""
+    centres = torch.tensor([[0.0, 0.0], [5.0, 5.0], [-5.0, 5.0]])
+    g = torch.Generator().manual_seed(0)
+    points = centres.repeat(40, 1) + 0.1 * torch.randn(120, 2, generator=g)
+    found = k_means(points, 3)
+    assert torch.cdist(centres, found).amin(1).max() < 0.1
+    x, errors = chunks(200), []
+    for books in (1, 2, 3):
+        head = heads.VQBeTHead(codes=8, books=books).build(in_dim=4, action_dim=3, chunk=8)
+        head.fit(x)
+        _, total = residual_codes(x.flatten(1), head.books)
+        errors.append(float((total - x.flatten(1)).square().mean()))
+    assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
+    other = heads.VQBeTHead(codes=8, books=3).build(in_dim=4, action_dim=3, chunk=8)
+    with pytest.raises(ConfigError, match="no codebooks"):
+        other.predict(torch.zeros(2, 4))
+    assert other.facts_differ(head.facts())
+    other.set_facts(json.loads(json.dumps(head.facts())))
+    assert torch.equal(other.books, head.books) and not other.facts_differ(head.facts())
+    with pytest.raises(ConfigError, match="do not fit"):
+        heads.VQBeTHead(codes=8, books=2).build(in_dim=4, action_dim=3, chunk=8).set_facts(head.facts())
+    with pytest.raises(FileFormatError, match="vqbet"):
+        other.set_facts({})
+    with pytest.raises(ConfigError, match="too few"):
+        other.fit(x[:4])
