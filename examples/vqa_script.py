@@ -23,14 +23,19 @@ PLAN = [
 ]
 
 
+def build(llm: str = LLM) -> MultimodalLM:
+    connector = PixelShuffleMLP(factor=4, input_norm=False, output_norm=True)
+    return MultimodalLM(llm, image=IMAGE, connector=connector, **SETTINGS)
+
+
 def main(steps: int = 300, questions: int = 500, folder: str = "runs/script", llm: str = LLM) -> MultimodalLM:
     """Train for `steps`, answer `questions` held-out questions, save the adapter under `folder`."""
     seed_everything(1)
-    model = MultimodalLM(llm, image=IMAGE, connector=PixelShuffleMLP(factor=4, output_norm=True), **SETTINGS)
+    model = build(llm)
     print(mmpeft.inspect(model, PLAN))
     task = GenerationTask(model, PLAN, max_new_tokens=4, feature_cache="runs/features", calibrate=True)
     held_out = DigitsVQA("test", size=questions)
-    data = DataModule(DigitsVQA("train", size=16 * steps), held_out, batch_size=16, eval_batch_size=100)
+    data = DataModule(DigitsVQA("train", size=16 * steps), held_out, batch_size=16, bucket=False, eval_batch_size=100)
     saving = AdapterCheckpoint(f"{folder}/adapter")
     trainer = Trainer(accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, num_sanity_val_steps=0,
                       enable_checkpointing=False, default_root_dir=folder, callbacks=[saving])  # fmt: skip

@@ -44,6 +44,7 @@ from mmpeft.adapters import (
     ChildTuningD,
     Compacter,
     Constant,
+    ConvAdapter,
     Cubic,
     DeLoRA,
     Delta,
@@ -159,8 +160,12 @@ from mmpeft.errors import nearest
 __version__ = "0.1.0"
 
 # What needs more than torch loads when it is first asked for.
-_LAZY = {"MultimodalLM": "mmpeft.multimodal", "export_peft": "mmpeft.adapters.peft_format"}
-_PARTS = ("connectors", "data", "encoders", "kernels", "metrics", "multimodal", "tasks")
+_LAZY = {
+    "MultimodalLM": "mmpeft.multimodal",
+    "export_peft": "mmpeft.adapters.peft_format",
+    "rollout": "mmpeft.policies.rollout_loop",
+}
+_PARTS = ("connectors", "data", "encoders", "kernels", "metrics", "multimodal", "policies", "tasks")
 
 
 def __getattr__(name: str) -> Any:

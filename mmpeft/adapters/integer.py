@@ -1,9 +1,9 @@
 """Integer and 8-bit float storage of weights: absmax (symmetric) and affine grids, 2, 4 or 8 bits, by row or group.
 
-    Int(8)                 W = scale * code, code in -127..127, a scale a row
-    Int(4, group=32)       a scale for every 32 columns
-    Int(4, affine=True)    W = scale * code + zero, code in 0..15 (QA-LoRA's (alpha, beta))
-    FP8()                  float8 e4m3, a scale a row
+Int(8)                 W = scale * code, code in -127..127, a scale a row
+Int(4, group=32)       a scale for every 32 columns
+Int(4, affine=True)    W = scale * code + zero, code in 0..15 (QA-LoRA's (alpha, beta))
+FP8()                  float8 e4m3, a scale a row
 """
 
 from __future__ import annotations

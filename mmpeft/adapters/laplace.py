@@ -10,8 +10,8 @@ The precision is the generalised Gauss-Newton matrix plus the prior's, at the tr
 training (the survey says a regularising term). Predictions are those of the linearised model, f + J (w - w*).
 
 Choice: the matrix is exact, either whole ("full") or its blocks of one tensor each ("blocks"), or its diagonal
-("diag"). The paper factors blocks by Kronecker products to reach ranks where the exact ones don't fit; that is not here,
-so "full" and "blocks" are refused above `LARGEST` numbers a block.
+("diag"). The paper factors blocks by Kronecker products to reach ranks where the exact ones don't fit; that is not
+here, so "full" and "blocks" are refused above `LARGEST` numbers a block.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LoRA with a regulariser or a regime of its own.
 
-    LoRADropout    Lin et al. 2024, arXiv 2404.09610: whole input and output dimensions of A and B are dropped
-    PeriodicLoRA   Meng et al. 2024, arXiv 2402.16141: the pair is unloaded and starts again, so that ranks add up. (The
-                   survey calls it "Predict LoRA", a regulariser.)
-    orthogonal_penalty   O-LoRA, Wang et al. 2023, arXiv 2310.14152: new tasks in subspaces orthogonal to old ones'
+LoRADropout    Lin et al. 2024, arXiv 2404.09610: whole input and output dimensions of A and B are dropped
+PeriodicLoRA   Meng et al. 2024, arXiv 2402.16141: the pair is unloaded and starts again, so that ranks add up. (The
+               survey calls it "Predict LoRA", a regulariser.)
+orthogonal_penalty   O-LoRA, Wang et al. 2023, arXiv 2310.14152: new tasks in subspaces orthogonal to old ones'
 """
 
 from __future__ import annotations

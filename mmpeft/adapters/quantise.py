@@ -235,8 +235,8 @@ def loftq(
     rounding: LoftQ's start for fine-tuning, or SVDQuant's split (`start="svd"`, weights only: its 4-bit activations and
     their smoothing need kernels that are not here).
 
-    The file holds A and B; the base they belong to is the quantised one: keep it by `save_packed`, or make it again by the
-    same call.
+    The file holds A and B; the base they belong to is the quantised one: keep it by `save_packed`, or make it again by
+    the same call.
 
     Args:
         steps: LoftQ's alternations (T; 5 in the paper). Not used with "svd".

@@ -1,9 +1,9 @@
 """The published ways to change a rank over the steps, each a policy for `RankController`.
 
-    Budget    AdaLoRA     triplets of all sites compete for a budget that falls cubically
-    Proximal  SoRA        gates are soft-thresholded
-    Sampled   DyLoRA      the next step's rank is drawn
-    Growth    IncreLoRA   the most important sites get one more triplet until the budget is full
+Budget    AdaLoRA     triplets of all sites compete for a budget that falls cubically
+Proximal  SoRA        gates are soft-thresholded
+Sampled   DyLoRA      the next step's rank is drawn
+Growth    IncreLoRA   the most important sites get one more triplet until the budget is full
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ their names; in training mode they are batch norms as before.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -47,12 +48,12 @@ def speed_up(backbone: nn.Module) -> int:
 def _timm_kinds() -> dict[type, type]:
     """timm's norm with an activation; its subclass is made when timm is there, and found by name when unpickled."""
     try:
-        from timm.layers import BatchNormAct2d
+        stock: Any = importlib.import_module("timm.layers").BatchNormAct2d
     except ImportError:
         return {}
     if "FrozenBatchNormAct2d" not in globals():
 
-        class FrozenBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc, unused-ignore]
+        class FrozenBatchNormAct2d(stock):  # type: ignore[misc]
             """timm's `BatchNormAct2d` with a fast eval mode."""
 
             def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def _timm_kinds() -> dict[type, type]:
 
         FrozenBatchNormAct2d.__qualname__ = "FrozenBatchNormAct2d"
         globals()["FrozenBatchNormAct2d"] = FrozenBatchNormAct2d
-    return {BatchNormAct2d: globals()["FrozenBatchNormAct2d"]}
+    return {stock: globals()["FrozenBatchNormAct2d"]}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mmpeft.tasks.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from mmpeft.tasks.classification import ClassificationTask as ClassificationTask
     from mmpeft.tasks.classification import EncoderClassifier as EncoderClassifier
+    from mmpeft.tasks.control import ControlData as ControlData
+    from mmpeft.tasks.control import ControlTask as ControlTask
+    from mmpeft.tasks.control import Evaluate as Evaluate
     from mmpeft.tasks.convergence import ConvergenceStop as ConvergenceStop
     from mmpeft.tasks.convergence import Plateau as Plateau
     from mmpeft.tasks.datasets import DigitLabels as DigitLabels
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from mmpeft.tasks.rank import RankControl as RankControl
 
 _LAZY = {
+    "ControlTask": "control",
+    "ControlData": "control",
+    "Evaluate": "control",
     "Plateau": "convergence",
     "ConvergenceStop": "convergence",
     "IVON": "ivon",

@@ -32,9 +32,7 @@ class Plateau:
         patience: windows in a row without such a gain.
     """
 
-    def __init__(
-        self, *, window: int = 50, tolerance: float = 0.01, noise: float = 1.0, patience: int = 2
-    ) -> None:
+    def __init__(self, *, window: int = 50, tolerance: float = 0.01, noise: float = 1.0, patience: int = 2) -> None:
         if window < 2 or patience < 1 or tolerance < 0 or noise < 0:
             raise ConfigError(
                 f"window {window}, patience {patience}, tolerance {tolerance}, noise {noise}; "
@@ -82,9 +80,7 @@ class Plateau:
 class ConvergenceStop(_lightning.Callback):  # type: ignore[misc]
     """End `fit` at a plateau of the training loss; takes the options of `Plateau`."""
 
-    def __init__(
-        self, *, window: int = 50, tolerance: float = 0.01, noise: float = 1.0, patience: int = 2
-    ) -> None:
+    def __init__(self, *, window: int = 50, tolerance: float = 0.01, noise: float = 1.0, patience: int = 2) -> None:
         self.plateau = Plateau(window=window, tolerance=tolerance, noise=noise, patience=patience)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:

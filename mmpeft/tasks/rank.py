@@ -1,6 +1,6 @@
 """Rank controllers under Lightning: the policies of `mmpeft.adapters.rank_policies` as a callback.
 
-    trainer = lightning.Trainer(callbacks=[RankControl(mmpeft.Budget(target=4, total_steps=1000))])
+trainer = lightning.Trainer(callbacks=[RankControl(mmpeft.Budget(target=4, total_steps=1000))])
 """
 
 from __future__ import annotations

@@ -102,18 +102,13 @@ def test_own_data_is_checked(workplace):
 
 
 def test_script(small_llm, workplace, capsys, run_example):
-    model = run_example("vqa_script.py").main(steps=3, questions=20, llm=small_llm)
-    assert "val_exact_match" in capsys.readouterr().out
     from mmpeft.data import DigitsVQA
 
-    samples = [DigitsVQA("test", size=20)[i] for i in range(8)]
-    asked = [s["messages"] for s in samples]
-    again = run_example("vqa_script.py")
-    fresh = again.MultimodalLM(
-        small_llm,
-        image=again.IMAGE,
-        connector=again.PixelShuffleMLP(factor=4, output_norm=True),
-        **again.SETTINGS,
-    )
+    example = run_example("vqa_script.py")
+    model = example.main(steps=3, questions=20, llm=small_llm)
+    assert "val_exact_match" in capsys.readouterr().out
+    held_out = DigitsVQA("test", size=20)
+    asked = [held_out[i]["messages"] for i in range(8)]
+    fresh = example.build(small_llm)
     mmpeft.load(fresh, "runs/script/adapter")
     assert fresh.eval().generate(asked, max_new_tokens=4) == model.generate(asked, max_new_tokens=4)

@@ -28,9 +28,7 @@ RANK_ROWS = {
     ),
     "increlora": Row(
         dynamic_rank.IncreLoRA(rank=4, std=0.2),
-        lambda W, p: (
-            W + p["lam"][0] * outer(p["P"][:, 0], p["Q"][0]) + 1e-5 * outer(p["P"][:, 1], p["Q"][1])
-        ),
+        lambda W, p: W + p["lam"][0] * outer(p["P"][:, 0], p["Q"][0]) + 1e-5 * outer(p["P"][:, 1], p["Q"][1]),
         lambda o, i: 4 * (o + i + 1),
         factored=True,
         size=0.6,

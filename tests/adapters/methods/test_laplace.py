@@ -30,9 +30,7 @@ def test_regression_is_exact():
     model, x, d, J = linear_in_its_numbers()
     prior, noise = 0.7, 0.3
     y = model(x).detach() + 0.1
-    posterior = Laplace(
-        model, model, structure="full", likelihood="regression", prior_precision=prior, noise=noise
-    )
+    posterior = Laplace(model, model, structure="full", likelihood="regression", prior_precision=prior, noise=noise)
     posterior.fit([(x[:12], y[:12]), (x[12:], y[12:])])
     flat = J.flatten(0, 1)
     precision = flat.T @ flat / noise**2 + prior * torch.eye(6).double()
