@@ -186,7 +186,9 @@ def _parser(name: str, text: str) -> argparse.ArgumentParser:
 
 def _adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, help="folder of a saved adapter")
-    parser.add_argument("--config", help="YAML of `mmpeft fit` that says how the model is built, if the folder does not")
+    parser.add_argument(
+        "--config", help="YAML of `mmpeft fit` that says how the model is built, if the folder does not"
+    )
 
 
 def _restored(given: argparse.Namespace) -> Any:
@@ -200,7 +202,9 @@ def _restored(given: argparse.Namespace) -> Any:
         try:
             recipe = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))["model"]["init_args"]["model"]
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise ConfigError(f"{given.config!r} has no model.init_args.model ({type(error).__name__}: {error})") from error
+            raise ConfigError(
+                f"{given.config!r} has no model.init_args.model ({type(error).__name__}: {error})"
+            ) from error
     return restore(given.adapter, recipe)
 
 

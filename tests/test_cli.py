@@ -33,15 +33,34 @@ def place(tmp_path_factory):
         "llm": str(folder / "llm"), "image": {"name": "package:efficientnet-lite0", "image_size": 64, "pool": [1, 1]},
         "connector": {"class_path": "mmpeft.connectors.MLP", "init_args": {"depth": 1, "init_std": 0.5}},
     }  # fmt: skip
-    plan = [{"match": "connectors.image", "train": "full"}, {"match": "llm.**.{q,v}_proj", "method": {"LoRA": {"rank": 4}}}]
-    task = {"model": {"class_path": "mmpeft.MultimodalLM", "init_args": init}, "plan": plan, "lr": 0.02, "max_new_tokens": 3}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    plan = [
+        {"match": "connectors.image", "train": "full"},
+        {"match": "llm.**.{q,v}_proj", "method": {"LoRA": {"rank": 4}}},
+    ]
+    task = {
+        "model": {"class_path": "mmpeft.MultimodalLM", "init_args": init},
+        "plan": plan,
+        "lr": 0.02,
+        "max_new_tokens": 3,
+    }
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     saving = {"class_path": "mmpeft.tasks.AdapterCheckpoint", "init_args": {"folder": str(folder / "adapter")}}
     config = {
         "seed_everything": 1,
         "model": {"class_path": "mmpeft.tasks.GenerationTask", "init_args": task},
         "data": {"class_path": "mmpeft.data.DataModule", "init_args": {"train": data, "val": data, "batch_size": 2}},
-        "trainer": {"accelerator": "cpu", "max_epochs": 1, "callbacks": [saving], "default_root_dir": str(folder), **quiet},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "callbacks": [saving],
+            "default_root_dir": str(folder),
+            **quiet,
+        },
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     try:

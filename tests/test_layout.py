@@ -25,13 +25,25 @@ FLOORS = {
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # What only one part needs loads with that part, never with the package.
-HEAVY = {"transformers", "timm", "open_clip", "torchaudio", "lightning", "gymnasium", "mujoco", "torchmetrics", "sklearn"}
+HEAVY = {
+    "transformers",
+    "timm",
+    "open_clip",
+    "torchaudio",
+    "lightning",
+    "gymnasium",
+    "mujoco",
+    "torchmetrics",
+    "sklearn",
+}
 
 
 def imported(path: Path):
     """(line, module, at import time?) of every import in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
     typing = {
         id(n)
         for i in ast.walk(tree)
@@ -61,14 +73,20 @@ def test_imports_run_downwards(path):
 
 
 def test_every_part_has_a_floor():
-    parts = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    parts = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
     assert parts - {"__init__", "__main__", "version"} <= set(FLOORS)
 
 
 @pytest.mark.parametrize("module", ["mmpeft", "mmpeft.adapters", "mmpeft.connectors", "mmpeft.kernels"])
 def test_light_import(module):
     code = f"import sys, {module}; print(*sorted(m for m in sys.modules if '.' not in m))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    ).stdout
     assert not HEAVY & set(loaded.split())
 
 

@@ -1,11 +1,11 @@
 """Methods that edit activations by learned vectors: gains that fold into the weight, and edits around a call.
 
-    Propulsion   Kowsher et al. 2024, arXiv 2409.10927: outputs times z^k. (The survey speaks of inputs and prompts; it
-                 is neither.)
-    SSF          Lian et al. 2022, arXiv 2210.08823: gamma y + beta after every operation, folded into weight and bias.
-    RED          Wu et al. 2024, arXiv 2402.15179: the same edit around any call, bias or not.
-    LoFiT        Yin et al. 2024, arXiv 2406.01563: offsets for a few attention heads, chosen by a first run that scales
-                 them all.
+Propulsion   Kowsher et al. 2024, arXiv 2409.10927: outputs times z^k. (The survey speaks of inputs and prompts; it
+             is neither.)
+SSF          Lian et al. 2022, arXiv 2210.08823: gamma y + beta after every operation, folded into weight and bias.
+RED          Wu et al. 2024, arXiv 2402.15179: the same edit around any call, bias or not.
+LoFiT        Yin et al. 2024, arXiv 2406.01563: offsets for a few attention heads, chosen by a first run that scales
+             them all.
 """
 
 from __future__ import annotations

@@ -74,8 +74,12 @@ OTHERS = (
     Other("PHNN", "an architecture trained from scratch; its layers are what `PHMAdapter` puts in a bottleneck"),
     Other("SVD and tensor decompositions", '`LoRA(init_from="pissa")`, `LoRAXS`, `FacTTT`'),
     Other("Weight decay, RecAdam, R3F, Mixout", "regularised full tuning; no adapter"),
-    Other("AdaLoRA's budget, SoRA's proximal step, DyLoRA's draw, IncreLoRA's growth", "policies of a `RankController`"),
-    Other("Layer-wise rank schedule", "no cited method has the survey's formula; `Budget` and `Growth` are the nearest"),
+    Other(
+        "AdaLoRA's budget, SoRA's proximal step, DyLoRA's draw, IncreLoRA's growth", "policies of a `RankController`"
+    ),
+    Other(
+        "Layer-wise rank schedule", "no cited method has the survey's formula; `Budget` and `Growth` are the nearest"
+    ),
     Other("QLoRA", '`quantise(model, pattern, "nf4")`, then `LoRA`; checkpoints by `load_bitsandbytes`'),
     Other("LoftQ", "`loftq`: a quantised base and the LoRA that makes up for it"),
     Other("SVDQuant", '`loftq(start="svd")`, weights only: 4-bit activations need kernels that are not here'),

@@ -163,7 +163,9 @@ def _check(
     if chunk_rows < 1:
         raise ConfigError(f"chunk_rows must be 1 or more, given {chunk_rows}")
     if reduction not in REDUCTIONS:
-        raise ConfigError(f"unknown reduction {reduction!r}; valid: {', '.join(REDUCTIONS)}{nearest(reduction, REDUCTIONS)}")
+        raise ConfigError(
+            f"unknown reduction {reduction!r}; valid: {', '.join(REDUCTIONS)}{nearest(reduction, REDUCTIONS)}"
+        )
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None and not 0.0 < value < float("inf"):
             raise ConfigError(f"{name} must be positive and finite, or None for none, given {value}")

@@ -1,10 +1,10 @@
 """Encoders and connectors in front of a causal language model: conversations in, loss or text out.
 
-    model = MultimodalLM("package:smollm2-135m-instruct", image="package:efficientnet-lite0")
-    samples = [model.encode(conversation) for conversation in conversations]
-    output = model(model.collate(samples))
-    global_mean(output.loss_sum, output.num_supervised).backward()
-    model.chat([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}])
+model = MultimodalLM("package:smollm2-135m-instruct", image="package:efficientnet-lite0")
+samples = [model.encode(conversation) for conversation in conversations]
+output = model(model.collate(samples))
+global_mean(output.loss_sum, output.num_supervised).backward()
+model.chat([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}])
 """
 
 from mmpeft.multimodal.collate import Batch, MediaGroup, collate

@@ -110,7 +110,9 @@ class ChatTemplate:
         marked = self._apply([(t.role, OPEN + t.content + CLOSE) for t in turns], where)
         literals = CONTENT.split(marked)[::2]  # the template's text before, between and after the contents
         if CONTENT.findall(marked) != [t.content for t in turns]:
-            raise Unsupported(f"{where}: the chat template drops, repeats or rewrites messages; give another chat_template=")
+            raise Unsupported(
+                f"{where}: the chat template drops, repeats or rewrites messages; give another chat_template="
+            )
         pieces: list[Piece] = []
         rest = plain
         for turn, before, after in zip(turns, literals[:-1], literals[1:], strict=True):

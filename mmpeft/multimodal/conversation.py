@@ -65,7 +65,9 @@ class ConversationEncoder:
         self.template = ChatTemplate(tokenizer, chat_template, system_prompt)
         self.max_length = max_length
         end_of_turn = tokenizer.convert_tokens_to_ids(self.template.end_of_turn)
-        self.stop_ids: list[int] = list(dict.fromkeys(i for i in (end_of_turn, tokenizer.eos_token_id) if i is not None))
+        self.stop_ids: list[int] = list(
+            dict.fromkeys(i for i in (end_of_turn, tokenizer.eos_token_id) if i is not None)
+        )
         self.divider, self.divider_id = _divider(tokenizer)
         self._control_ids = set(tokenizer.convert_tokens_to_ids(self.template.control_tokens))
 
@@ -153,7 +155,9 @@ class ConversationEncoder:
         for i, piece in enumerate(pieces):
             if piece.turn is None:
                 # spaces before an answer go with it: " 7" is one token where " " and "7" would be two
-                answered = i + 1 < len(pieces) and (following := pieces[i + 1].turn) is not None and following.supervised
+                answered = (
+                    i + 1 < len(pieces) and (following := pieces[i + 1].turn) is not None and following.supervised
+                )
                 ends = answered or (generation and i + 1 == len(pieces))
                 body = piece.text.rstrip(" ") if ends else piece.text
                 dividers += ["template"] * body.count(self.divider)

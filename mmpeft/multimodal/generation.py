@@ -98,7 +98,9 @@ def generate(model: MultimodalLM, samples: Sequence[Sample], options: Options, *
 def generate_ids(model: MultimodalLM, batch: Batch, options: Options) -> Tensor:
     """New token ids [B, up to max_new_tokens] after a left-padded batch; after its end of turn a row is padding."""
     if batch["layout"] != "left":
-        raise ConfigError(f"generation continues the end of a row: collate with padding='left', not {batch['layout']!r}")
+        raise ConfigError(
+            f"generation continues the end of a row: collate with padding='left', not {batch['layout']!r}"
+        )
     stop = model.conversations.stop_ids
     config = options.config(stop=stop, pad=stop[0])
     llm: Any = model.llm

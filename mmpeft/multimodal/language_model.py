@@ -58,7 +58,9 @@ def logit_rules(llm: Any) -> LogitRules:
     """
     weight = getattr(llm.get_output_embeddings(), "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise Unsupported(f"{type(llm).__name__} has no linear language-model head, so no text can be trained or generated")
+        raise Unsupported(
+            f"{type(llm).__name__} has no linear language-model head, so no text can be trained or generated"
+        )
     given = {name: getattr(llm.config, name, None) for name in LOGIT_RULES}
     found = {LOGIT_RULES[n][0]: LOGIT_RULES[n][1](v) for n, v in given.items() if v is not None and float(v) > 0}
     rules = LogitRules(**found)

@@ -118,7 +118,12 @@ class MultimodalLM(nn.Module):
         return self.conversations.encode(conversation, answer=answer)
 
     def collate(
-        self, samples: Sequence[Sample], *, padding: str = "right", row_length: int | None = None, max_media: int | None = None
+        self,
+        samples: Sequence[Sample],
+        *,
+        padding: str = "right",
+        row_length: int | None = None,
+        max_media: int | None = None,
     ) -> Batch:
         """Samples to a Batch: padded, or with `row_length` packed. See `collate`."""
         return collate(samples, padding=padding, row_length=row_length, max_media=max_media)
@@ -154,7 +159,9 @@ class MultimodalLM(nn.Module):
             raise ConfigError(f"expected {len(batch['sample_ids'])} rows, one a sample, given {len(rows)}")
         for modality, groups in batch["media"].items():
             if len(groups) > 1:
-                raise Unsupported(f"the batch holds {modality} inputs of {len(groups)} sizes: rows need one size a batch")
+                raise Unsupported(
+                    f"the batch holds {modality} inputs of {len(groups)} sizes: rows need one size a batch"
+                )
         return {m: [rows[i] for i in groups[0]["samples"]] for m, groups in batch["media"].items()}
 
     # ---- forward --------------------------------------------------------------------------------------------------
@@ -205,7 +212,9 @@ class MultimodalLM(nn.Module):
         flat = embeds.flatten(0, 1)
         for modality, groups in batch["media"].items():
             if modality not in self.connectors:
-                raise ConfigError(f"the batch holds {modality} inputs, the model has {', '.join(self.connectors) or 'none'}")
+                raise ConfigError(
+                    f"the batch holds {modality} inputs, the model has {', '.join(self.connectors) or 'none'}"
+                )
             for group in groups:
                 tokens = self._media_tokens(modality, group, batch["sample_ids"])
                 flat = flat.index_copy(0, group["positions"], tokens.to(flat.dtype))
@@ -219,7 +228,9 @@ class MultimodalLM(nn.Module):
                 tokens, mask = self.encoders[modality](tokens, mask)
             out, valid = self.connectors[modality](tokens, mask)  # [n, Q, D], [n, Q] or None
         given = [out.shape[1]] * out.shape[0] if valid is None else valid.sum(1).tolist()
-        wrong = [(n, m, sample_ids[i]) for n, m, i in zip(given, group["counts"], group["samples"], strict=True) if n != m]
+        wrong = [
+            (n, m, sample_ids[i]) for n, m, i in zip(given, group["counts"], group["samples"], strict=True) if n != m
+        ]
         if wrong:
             n, m, name = wrong[0]
             raise BadSample(

@@ -48,7 +48,9 @@ def pack(
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         if length > capacity or count > limit:
             name = names[i] if names is not None else f"sample {i}"
-            raise BadSample(f"{name}: {length} tokens and {count} media, a row holds {capacity} tokens and {limit} media")
+            raise BadSample(
+                f"{name}: {length} tokens and {count} media, a row holds {capacity} tokens and {limit} media"
+            )
 
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted: bisect finds the fullest row with enough room

@@ -29,7 +29,9 @@ def rows_of(model: nn.Module, samples: Sequence[int]) -> Iterator[None]:
         yield
         return
     if max(samples, default=-1) >= len(active.rows):
-        raise ConfigError(f"use(rows=) names {len(active.rows)} rows, the batch has at least {max(samples) + 1} samples")
+        raise ConfigError(
+            f"use(rows=) names {len(active.rows)} rows, the batch has at least {max(samples) + 1} samples"
+        )
     chosen = (active.rows[i] for i in samples)
     with use(model, rows=[None if row < 0 else active.names[row] for row in chosen]):
         yield

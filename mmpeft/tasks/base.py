@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,8 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
             total = int(trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="sum"))
         accumulate = trainer.accumulate_grad_batches
         reference = self._window.add(total, accumulate)
-        return loss_sum * (trainer.world_size * accumulate / reference)  # undoes what the trainer divides by
+        factor: float = trainer.world_size * accumulate / reference
+        return loss_sum * factor  # undoes what the trainer divides by
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         factor = self._window.close()
@@ -233,7 +234,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
     if data.size() == 1:
         return
     stacks = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and SLOT not in n.split(".")]
-    for block in (cast(nn.Module, b) for stack in stacks for b in stack):
+    for block in (b for stack in stacks for b in stack):
         if any(p.requires_grad or p.numel() for p in block.parameters()):
             fully_shard(block, mesh=data)
     fully_shard(model, mesh=data)

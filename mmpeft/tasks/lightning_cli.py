@@ -25,6 +25,7 @@ class Parser(_cli.LightningArgumentParser):  # type: ignore[misc]
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [f"{path} has no option {name!r}{_nearest_option(path, name)}" for path, name in _REFUSED.findall(message)]
         super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+        raise AssertionError("the parser's error() exits")
 
     def print_usage(self, file: Any = None) -> None:
         command = next((a for a in sys.argv[1:] if not a.startswith("-")), "fit")

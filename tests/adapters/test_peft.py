@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_ln_tuning_from_peft(tmp_path: Path) -> None:
 
 def test_attention_and_experts_from_peft(tmp_path: Path) -> None:
     """Packed in_proj and out_proj under one target, two parameters of one module nested."""
-    make = lambda: seeded(Attention)
+    make = partial(seeded, Attention)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["attn"])
     from_peft(make, config, TOKENS, tmp_path / "attention")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_weights_that_are_read_are_not_exported(tmp_path: Path) -> None:
 
 def test_encoder_layers_are_exported_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """PEFT's adapters in nn.TransformerEncoderLayer are skipped by its fast path in eval; without it they are right."""
-    make = lambda: seeded(nn.TransformerEncoderLayer, 8, 2, 12, batch_first=True)
+    make = partial(seeded, nn.TransformerEncoderLayer, 8, 2, 12, batch_first=True)
     encoder = mmpeft.attach(
         nn.Sequential(make()), {"0.{linear1,linear2,self_attn}": mmpeft.LoRA(rank=2)}, example=TOKENS
     )
@@ -203,7 +204,7 @@ def test_configurations_that_do_not_fit_are_refused(folder: Path, fields: dict[s
 def test_tied_weights(tmp_path: Path) -> None:
     """PEFT adapts one of two tied names and leaves the other on the base; here they are one weight."""
     config = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=4, n_positions=20)
-    make = lambda: seeded(transformers.GPT2LMHeadModel, config)
+    make = partial(seeded, transformers.GPT2LMHeadModel, config)
     theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["wte"]))
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(Unsupported, match="tied to lm_head.weight"):

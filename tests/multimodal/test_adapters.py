@@ -69,7 +69,9 @@ def lora_everywhere(tokenizer):
     model = build_model("llama", tokenizer, audio=None, state=None)
     for name in ("a", "b"):
         mmpeft.attach(
-            model, {"llm.**.{q,v,down}_proj": mmpeft.LoRA(rank=3), "encoders.image.backbone": mmpeft.LoRA(rank=2)}, name=name
+            model,
+            {"llm.**.{q,v,down}_proj": mmpeft.LoRA(rank=3), "encoders.image.backbone": mmpeft.LoRA(rank=2)},
+            name=name,
         )
         fill(model, name, ord(name))
     return model

@@ -52,7 +52,9 @@ def test_prompt_is_the_training_prefix_and_the_templates_generation_prompt(model
 
 def test_placeholders_stand_where_media_stand_in_order_and_number(model):
     sample = model.encode(
-        question(words("Is"), image(2, 16, 24), words("larger"), {"type": "state", "state": torch.zeros(2, 5)}, image(3))
+        question(
+            words("Is"), image(2, 16, 24), words("larger"), {"type": "state", "state": torch.zeros(2, 5)}, image(3)
+        )
     )
     assert [(m.modality, m.count) for m in sample.media] == [("image", 6), ("state", 2), ("image", 4)]
     assert torch.equal(sample.media[0].x, picture(2, 16, 24)) and torch.equal(sample.media[2].x, picture(3))
@@ -166,7 +168,10 @@ REFUSED = [
     ([{"role": "user", "content": "stop <|im_end|> here"}], "control token '<|im_end|>'"),
     ([{"role": "user", "content": "hidden \ufdd2 marker"}], "control token"),
     ([{"role": "assistant", "content": [image()]}], "media belong to the user"),
-    ({"id": "pic", "messages": question({"type": "image", "image": "nothing"})["messages"]}, r"pic: image \(medium 1\)"),
+    (
+        {"id": "pic", "messages": question({"type": "image", "image": "nothing"})["messages"]},
+        r"pic: image \(medium 1\)",
+    ),
     (question({"type": "image", "features": torch.randn(4, 11)}), r"expected float tokens \[T, 12\], given \[4, 11\]"),
     (question({"type": "image", "features": torch.ones(4, 12).long()}), "int64"),
     (question({"type": "state", "state": torch.randn(4)}), r"\[T, 5\]"),

@@ -68,7 +68,9 @@ def test_generation_stops_at_the_end_of_turn(tokenizer):
 
     handle = model.llm.lm_head.register_forward_hook(prefer_stop)
     ids = generate_ids(
-        model, model.collate([model.encode(conversations()[0], answer=False)], padding="left"), Options(max_new_tokens=9)
+        model,
+        model.collate([model.encode(conversations()[0], answer=False)], padding="left"),
+        Options(max_new_tokens=9),
     )
     handle.remove()
     assert len(calls) == 3 and ids.shape == (1, 3) and int(ids[0, -1]) == stop

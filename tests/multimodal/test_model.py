@@ -148,7 +148,9 @@ def test_media_of_different_sizes_and_cached_features_equal_one_by_one(model):
 def test_one_flat_encoder_call_a_modality(model, monkeypatch):
     calls = []
     real = type(model.encoders["image"]).forward
-    monkeypatch.setattr(StubImage, "forward", lambda self, x, mask=None: calls.append(x.shape[0]) or real(self, x, mask))
+    monkeypatch.setattr(
+        StubImage, "forward", lambda self, x, mask=None: calls.append(x.shape[0]) or real(self, x, mask)
+    )
     model(model.collate(samples(model)))
     assert calls == [4]  # all images of all samples
 
@@ -274,7 +276,9 @@ def test_on_meta_the_model_has_its_shapes_and_no_storage(tokenizer):
     llm = build_llm("llama", tokenizer)
     with torch.device("meta"):
         model = MultimodalLM(
-            LLM(type(llm.model)(llm.model.config), tokenizer, "meta"), image=StubImage(), connector=MLP(output_norm=True)
+            LLM(type(llm.model)(llm.model.config), tokenizer, "meta"),
+            image=StubImage(),
+            connector=MLP(output_norm=True),
         )
     assert all(p.is_meta for p in model.parameters())
 

@@ -41,7 +41,9 @@ def test_temporal_ensemble():
     for now, value in enumerate(out):
         made = [t for t in range(now + 1) if now - t < 6]  # chunks that still say something, oldest first
         weights = np.exp(-m * np.arange(len(made)))
-        assert value == pytest.approx(sum(w * (100 * t + now - t) for w, t in zip(weights, made, strict=True)) / weights.sum())
+        assert value == pytest.approx(
+            sum(w * (100 * t + now - t) for w, t in zip(weights, made, strict=True)) / weights.sum()
+        )
     equal = ensemble([np.full((2, 4, 3), 7.0)] * 3, 5.0)
     assert equal.shape == (2, 3) and np.allclose(equal, 7, rtol=1e-14)
 

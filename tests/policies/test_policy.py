@@ -68,7 +68,9 @@ def test_overfits_what_it_is_shown():
     assert error < 0.05 * batch["action"].std()
 
 
-@pytest.mark.parametrize("trunk", [lambda: MLPTrunk(width=16, channels=3, side=8), lambda: TransformerTrunk(width=16, depth=1, heads=2)])
+@pytest.mark.parametrize(
+    "trunk", [lambda: MLPTrunk(width=16, channels=3, side=8), lambda: TransformerTrunk(width=16, depth=1, heads=2)]
+)
 @pytest.mark.parametrize("senses", ["images", "state", "instruction", "all"])
 def test_reads_what_it_is_given_and_nothing_else(trunk, senses):
     options = {"encoder": None} if senses in ("state", "instruction") else {}
@@ -86,7 +88,10 @@ def test_reads_what_it_is_given_and_nothing_else(trunk, senses):
 
 
 def test_the_folder_is_enough(tmp_path):
-    policy = adapted(make_policy(encoder=eyes()), {"trunk": "full", "head": "full", "encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2)})
+    policy = adapted(
+        make_policy(encoder=eyes()),
+        {"trunk": "full", "head": "full", "encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2)},
+    )
     before = policy.act(observation())
     save_policy(policy, tmp_path / "a", metadata={"note": 1})
     with torch.random.fork_rng():
@@ -99,7 +104,9 @@ def test_the_folder_is_enough(tmp_path):
 
 def test_the_recipe_rebuilds_the_policy(tmp_path):
     """A blind policy has no random base beside what is trained, so the folder alone gives the very actions."""
-    policy = adapted(make_policy(encoder=None, history=2, head=heads.MixtureHead(modes=2)), {"trunk": "full", "head": "full"})
+    policy = adapted(
+        make_policy(encoder=None, history=2, head=heads.MixtureHead(modes=2)), {"trunk": "full", "head": "full"}
+    )
     policy.reset(3, seed=4)
     before = [policy.act(observation(seed=s)) for s in range(3)]
     save_policy(policy, tmp_path)
@@ -136,7 +143,9 @@ def test_switching_adapters_switches_the_units():
 
 @pytest.mark.parametrize("encoder", [None, "split"])
 def test_every_row_its_own_adapter(encoder):
-    plan = {"trunk": "full", "head": "full"} | ({"encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2)} if encoder else {})
+    plan = {"trunk": "full", "head": "full"} | (
+        {"encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2)} if encoder else {}
+    )
     policy = adapted(make_policy(encoder=eyes() if encoder else None), plan, "a", 1)
     fitted(policy, 3.0)
     mmpeft.attach(policy, plan, "b")
@@ -167,7 +176,11 @@ def test_a_robot_with_fewer_dimensions():
         policy.fit(data.stacked("action"), data.stacked("state"))
     policy.fit(data.stacked("action"), data.stacked("state"), pad=True)
     assert policy.act(observation()).shape == (3, 5, 3)
-    batch = {"images": torch.zeros(3, 1, 1, SIDE, SIDE, 3, dtype=torch.uint8), "state": torch.randn(3, 1, 4), "action": torch.randn(3, 5, 3)}
+    batch = {
+        "images": torch.zeros(3, 1, 1, SIDE, SIDE, 3, dtype=torch.uint8),
+        "state": torch.randn(3, 1, 4),
+        "action": torch.randn(3, 5, 3),
+    }
     policy(batch).backward()
     grad = policy.head.to_actions.linear.weight.grad.view(5, 5, -1).abs().sum((0, 2))
     assert (grad[:3] > 0).all() and (grad[3:] == 0).all()
@@ -189,7 +202,9 @@ def test_history_sees_its_own_rows_past():
     with pytest.raises(BadSample, match="remembers 3 environments, given 2"):
         policy.act({k: v[:2] for k, v in c.items()})
     alone = policy.predict({"state": torch.zeros(3, 3, 4), "seen": batch["seen"]})
-    junk = policy.predict({"state": torch.where(batch["seen"][..., None], 0.0, 99.0).expand(-1, -1, 4), "seen": batch["seen"]})
+    junk = policy.predict(
+        {"state": torch.where(batch["seen"][..., None], 0.0, 99.0).expand(-1, -1, 4), "seen": batch["seen"]}
+    )
     torch.testing.assert_close(alone, junk)  # unseen frames are not read
 
 
@@ -245,7 +260,16 @@ def test_nan_actions_never_reach_the_robot():
 
 
 @pytest.mark.parametrize(
-    "options", [{"chunk": 0}, {"execute": 9}, {"action_dim": 0}, {"state_dim": -1}, {"history": 0}, {"readouts": 2}, {"readouts": 5}]
+    "options",
+    [
+        {"chunk": 0},
+        {"execute": 9},
+        {"action_dim": 0},
+        {"state_dim": -1},
+        {"history": 0},
+        {"readouts": 2},
+        {"readouts": 5},
+    ],
 )
 def test_sizes_out_of_range(options):
     with pytest.raises(ConfigError):

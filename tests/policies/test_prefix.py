@@ -52,7 +52,9 @@ def test_maps_are_the_encoders_own():
 def test_an_adapter_behind_the_split_trains_and_before_it_is_refused():
     policy = make_policy(encoder=eyes())
     policy.fit(Demos().stacked("action"), Demos().stacked("state"))
-    mmpeft.attach(policy, {"encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2), "trunk": "full", "head": "full"})
+    mmpeft.attach(
+        policy, {"encoder.backbone.blocks.2.*": mmpeft.adapters.ConvAdapter(size=2), "trunk": "full", "head": "full"}
+    )
     x = torch.randint(256, (2, SIDE, SIDE, 3)).to(torch.uint8)
     start = policy.encoder.prefix(policy.encoder.pixels(x))
     batch = {"state": torch.randn(2, 1, 4), "action": torch.randn(2, 5, 3)}
@@ -76,7 +78,9 @@ def test_cache(tmp_path):
     item = samples[5]
     assert item["prefix"].shape[:3] == (2, 3, 1) and item["prefix"].dtype == torch.float16
     whole = policy.encoder.prefix(policy.encoder.pixels(demos[5]["images"]))
-    torch.testing.assert_close(item["prefix"][1, 0].float(), whole, rtol=2e-3, atol=2e-3)  # frame now, copy 0: not moved
+    torch.testing.assert_close(
+        item["prefix"][1, 0].float(), whole, rtol=2e-3, atol=2e-3
+    )  # frame now, copy 0: not moved
     back = policy.encoder.prefix(policy.encoder.pixels(demos[3]["images"]))
     torch.testing.assert_close(item["prefix"][0, 0].float(), back, rtol=2e-3, atol=2e-3)  # `execute` steps before
     assert not torch.equal(item["prefix"][1, 1], item["prefix"][1, 0])
@@ -87,14 +91,18 @@ def test_cache(tmp_path):
     PolicySamples(demos, other, cache=tmp_path, copies=3, shift=2).fill()
     assert len(list(tmp_path.iterdir())) == 4  # another split finds nothing stale
     files[0].write_bytes(files[0].read_bytes()[:100])  # cut short: made again
-    torch.testing.assert_close(PolicySamples(demos, policy, cache=tmp_path, copies=3, shift=2)[5]["prefix"], item["prefix"])
+    torch.testing.assert_close(
+        PolicySamples(demos, policy, cache=tmp_path, copies=3, shift=2)[5]["prefix"], item["prefix"]
+    )
 
 
 def test_history_at_the_start_of_an_episode():
     samples = PolicySamples(Demos(), make_policy(history=3))  # execute=2
     assert samples[1]["seen"].tolist() == [False, False, True]
     assert samples[3]["seen"].tolist() == [False, True, True]
-    assert torch.equal(samples[3]["state"][1], Demos()[1]["state"]) and torch.equal(samples[3]["state"][0], Demos()[0]["state"])
+    assert torch.equal(samples[3]["state"][1], Demos()[1]["state"]) and torch.equal(
+        samples[3]["state"][0], Demos()[0]["state"]
+    )
 
 
 def test_cache_refusals(tmp_path):

@@ -64,7 +64,9 @@ def test_rows_do_not_meet(name, tokenizer):
     assert whole.shape == (3, readouts, trunk.dim)
     for i in range(3):
         o = sensed()
-        alone = Observed([m[i : i + 1] for m in o.maps], o.state[i : i + 1], o.text[i : i + 1], instruction=[SENTENCES[i]])
+        alone = Observed(
+            [m[i : i + 1] for m in o.maps], o.state[i : i + 1], o.text[i : i + 1], instruction=[SENTENCES[i]]
+        )
         torch.testing.assert_close(trunk(alone)[0], whole[i], rtol=1e-4, atol=1e-5)
 
 
@@ -137,11 +139,18 @@ def test_sentences_once(monkeypatch):
     except MissingExtra as error:
         pytest.skip(str(error))
     ears = InstructionEncoder("package:minilm-l6")
-    given = ["push the puck to the goal", "shove the puck onto the target", "open the window", "push the puck to the goal"]
+    given = [
+        "push the puck to the goal",
+        "shove the puck onto the target",
+        "open the window",
+        "push the puck to the goal",
+    ]
     vectors = ears(given)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4))
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
     assert torch.equal(vectors[0], vectors[3])
-    torch.testing.assert_close(ears._encode(given[:1], torch.device("cpu"))[0], vectors[0], rtol=1e-4, atol=1e-5)  # padding is not read
+    torch.testing.assert_close(
+        ears._encode(given[:1], torch.device("cpu"))[0], vectors[0], rtol=1e-4, atol=1e-5
+    )  # padding is not read
     monkeypatch.setattr(ears, "_encode", lambda *_: pytest.fail("encoded again"))
     assert torch.equal(ears(given[:2]), vectors[:2])

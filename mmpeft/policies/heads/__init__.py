@@ -1,11 +1,11 @@
 """Action heads, one interface (`loss`, `predict`) behind any trunk; see `base` for the contract.
 
-    RegressionHead   L1 or L2 of the whole chunk in one forward (OpenVLA-OFT); the default
-    GaussianHead     one Gaussian a number                 MixtureHead    a mixture over whole chunks (robomimic)
-    BinnedHead       256 bins a number (RT-2, OpenVLA)     FASTHead       cosine transform and byte pairs (pi0-FAST)
-    ACTHead          conditional VAE (ACT)                 DiffusionHead  DDPM, predicted by DDIM (Diffusion Policy)
-    FlowHead         flow matching (pi0)                   VQBeTHead      residual codes and offsets (VQ-BeT)
-    DiscreteHead     one of A actions (BabyAI)
+RegressionHead   L1 or L2 of the whole chunk in one forward (OpenVLA-OFT); the default
+GaussianHead     one Gaussian a number                 MixtureHead    a mixture over whole chunks (robomimic)
+BinnedHead       256 bins a number (RT-2, OpenVLA)     FASTHead       cosine transform and byte pairs (pi0-FAST)
+ACTHead          conditional VAE (ACT)                 DiffusionHead  DDPM, predicted by DDIM (Diffusion Policy)
+FlowHead         flow matching (pi0)                   VQBeTHead      residual codes and offsets (VQ-BeT)
+DiscreteHead     one of A actions (BabyAI)
 """
 
 from mmpeft.policies.heads.act import ACTHead

@@ -178,4 +178,3 @@ def _join(row: list[int], pair: tuple[int, int], new: int) -> list[int]:
             out.append(row[i])
             i += 1
     return out
-

@@ -92,5 +92,3 @@ class GaussianHead(MixtureHead):
         if predict_mode not in ("likeliest", "sample"):
             raise ConfigError(f"predict_mode is 'likeliest' or 'sample', not {predict_mode!r}")
         super().__init__(modes=1, min_std=min_std, predict_mode=predict_mode, depth=depth)
-
-

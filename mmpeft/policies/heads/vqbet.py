@@ -101,7 +101,9 @@ class VQBeTHead(Head):
 
     def _books(self, device: torch.device) -> Tensor:
         if self.books is None:
-            raise ConfigError("VQBeTHead has no codebooks yet: fit(chunks) makes them, an adapter's metadata brings them")
+            raise ConfigError(
+                "VQBeTHead has no codebooks yet: fit(chunks) makes them, an adapter's metadata brings them"
+            )
         return self.books.to(device)
 
     def outputs(self, features: Tensor) -> tuple[Tensor, Tensor]:
