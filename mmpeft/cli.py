@@ -105,14 +105,7 @@ def run_lightning(args: list[str] | None, *, run: bool = True) -> Any:
     from mmpeft.tasks.lightning_cli import MmpeftCLI
 
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    return MmpeftCLI(
-        args=args,
-        run=run,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,  # tasks make their optimizer from the plan
-        # beside the logs, under a name that no config of a user's own has: it is written over
-        save_config_kwargs={"overwrite": True, "config_filename": "config_of_run.yaml"},
-    )
+    return MmpeftCLI(args=args, run=run)
 
 
 @command("show what a plan, or a saved adapter, trains: sites, parameters, bytes, FLOPs")
@@ -178,6 +171,20 @@ def export(args: list[str]) -> int:
     mmpeft.export_peft(target, given.output)
     print(given.output)
     return 0
+
+
+@command("record a scripted expert's demonstrations")
+def collect(args: list[str]) -> int:
+    from mmpeft.policies import commands
+
+    return commands.collect(args)
+
+
+@command("evaluate a policy in simulation: success with its interval, videos")
+def rollout(args: list[str]) -> int:
+    from mmpeft.policies import commands
+
+    return commands.rollout(args)
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:

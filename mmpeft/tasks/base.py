@@ -32,8 +32,9 @@ from mmpeft.tasks.schedule import Schedule, check_schedule, lr_factor
 _lightning: Any = require("lightning.pytorch", "train")
 log = logging.getLogger(__name__)
 
-# Frozen modules stay in eval mode through train(), on purpose.
+# Frozen modules stay in eval mode through train(), on purpose. The other is Lightning's own, of no use to its users.
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 
 EXTRA = "mmpeft"  # the checkpoint entry beside Lightning's own
 

@@ -41,11 +41,28 @@ def _nearest_option(path: str, option: str) -> str:
     return f"; it has {', '.join(parameters)}{nearest(option, parameters)}"
 
 
+class KeepConfig(_cli.SaveConfigCallback):  # type: ignore[misc]
+    """The config of a run beside its logs; a run without a logger leaves no files where it happens to be started."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
 class MmpeftCLI(_cli.LightningCLI):  # type: ignore[misc]
     """A `LightningCLI` for any task and any data module, by class path."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(parser_class=Parser, parser_kwargs={"prog": "mmpeft"}, **options)
+        super().__init__(
+            parser_class=Parser,
+            parser_kwargs={"prog": "mmpeft"},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # tasks make their optimizer from the plan
+            save_config_callback=KeepConfig,
+            # under a name that no config of a user's own has, since it is written over
+            save_config_kwargs={"overwrite": True, "config_filename": "config_of_run.yaml"},
+            **options,
+        )
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

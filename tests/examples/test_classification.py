@@ -41,7 +41,9 @@ def sites(folder):
 )
 def test_vision(fit, plan, inside):
     steps = 16 if plan is None else 3
-    run = fit("vision_finetune.yaml", *[plan] * (plan is not None), options=[*SHORT, f"--trainer.limit_train_batches={steps}"])
+    run = fit(
+        "vision_finetune.yaml", *[plan] * (plan is not None), options=[*SHORT, f"--trainer.limit_train_batches={steps}"]
+    )
     scores = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     assert {"val_accuracy", "val_f1", "val_matthews", "val_loss"} <= set(scores)
     if plan is None:

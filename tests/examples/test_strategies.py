@@ -3,15 +3,19 @@
 Answers are compared with those of a process that loads the adapter's folder.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import mmpeft
+from mmpeft.data import DigitsVQA
 
 from .conftest import LLM, ROOT, loss, reloaded
 
@@ -40,20 +44,25 @@ def launch(*args, devices):
 
 
 @pytest.mark.slow
-def test_ddp_on_two_processes(small_llm, workplace):
-    said = launch(
-        *("--config", "examples/vqa_digits.yaml", "--config", "examples/strategy_ddp.yaml"),
-        *(f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1", "--trainer.enable_model_summary=false"),
-        devices=2,
-    )
-    assert "MEMBER: 2/2" in said
-    metadata = mmpeft.read_metadata("runs/quickstart/adapter")
+def test_two_processes(small_llm, workplace):
+    """DDP and FSDP2 on the CPU: the same training, to rounding, and a process of its own answers as the trainer did."""
+    options = [f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    options += ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]
     batch_size = yaml.safe_load((ROOT / "examples" / "vqa_digits.yaml").read_text())["data"]["init_args"]["batch_size"]
-    assert metadata["step"] == -(-QUESTIONS // (2 * batch_size))  # a batch for each process and step
+    weights = []
+    for name, folder in (("ddp", "quickstart"), ("fsdp2", "sharded")):
+        configs = ("--config", "examples/vqa_digits.yaml", "--config", f"examples/strategy_{name}.yaml")
+        assert "MEMBER: 2/2" in launch(*configs, *options, devices=2)
+        metadata = mmpeft.read_metadata(f"runs/{folder}/adapter")
+        assert metadata["step"] == -(-QUESTIONS // (2 * batch_size))  # a batch for each process and step
+        weights.append(load_file(f"runs/{folder}/adapter/adapter.safetensors"))
+    ddp, fsdp2 = weights
+    assert ddp.keys() == fsdp2.keys()
+    differing = torch.cat([((fsdp2[key] - value).abs() > 1e-5).flatten() for key, value in ddp.items()])
+    assert float(differing.float().mean()) < 1e-2  # AdamW's first steps are signs: rounding may turn a few
     answers = json.loads((workplace / "runs" / "quickstart" / "answers.json").read_text())
-    from mmpeft.data import DigitsVQA
-
-    asked = [DigitsVQA("test", size=12)[i]["messages"] for i in range(12)]
+    held_out = DigitsVQA("test", size=12)
+    asked = [held_out[i]["messages"] for i in range(12)]
     model = reloaded("runs/quickstart/adapter")
     assert model.generate(asked, max_new_tokens=4) == [row["answer"] for row in answers]
 
@@ -88,3 +97,16 @@ def test_every_strategy_parses_over(workplace, base, name):
     )
     assert config["model"]["class_path"] == alone["model"]["class_path"]
     assert config["data"]["init_args"]["batch_size"] == alone["data"]["init_args"]["batch_size"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
+def test_every_strategy_is_made_of_its_arguments(name):
+    """DeepSpeed's package is installed where it is used; without it the strategy says so, and nothing starts."""
+    given = yaml.safe_load((ROOT / "examples" / f"strategy_{name}.yaml").read_text())["trainer"]["strategy"]
+    module, _, attribute = given["class_path"].rpartition(".")
+    strategy = getattr(importlib.import_module(module), attribute)
+    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(Exception, match="install DeepSpeed|deepspeed"):
+            strategy(**given["init_args"])
+    else:
+        assert isinstance(strategy(**given["init_args"]), strategy)
