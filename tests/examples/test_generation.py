@@ -11,6 +11,8 @@ from .conftest import LLM, loss, reloaded
 
 VAL, TRAIN = "--data.init_args.val.init_args.size", "--data.init_args.train.init_args.size"
 
+CHECK = "--trainer.check_val_every_n_epoch=3"
+
 
 def check_saved(run, folder, dataset):
     """The adapter helps, and a model built from its folder alone gives the same loss and the same answers, bit for bit."""
@@ -77,7 +79,7 @@ def test_captions_are_validated_from_the_folder(fit, small_llm, workplace, capsy
 def test_own_data(fit, small_llm, workplace, capsys):
     from mmpeft.cli import main
 
-    run = fit("vqa_own_data.yaml", options=[f"{LLM}={small_llm}", "--trainer.max_epochs=3"])
+    run = fit("vqa_own_data.yaml", options=[f"{LLM}={small_llm}", "--trainer.max_epochs=3", CHECK])
     assert run.trainer.global_step == 18
     kinds = {"what", "is_it", "which_of_two"}
     assert {name.rsplit("/", 1)[-1] for name in run.trainer.callback_metrics if "exact_match/" in name} == kinds
