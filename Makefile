@@ -39,8 +39,9 @@ $(BIN)/python:
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
+# Two workers of one thread each: tiny models gain nothing from more threads.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
