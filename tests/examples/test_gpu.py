@@ -8,9 +8,8 @@ import yaml
 from PIL import Image
 
 import mmpeft
-from mmpeft.errors import BaseMismatch
 
-from .conftest import LLM, ROOT, loss, reloaded
+from .conftest import LLM, ROOT, loss
 
 EXAMPLE = ROOT / "examples" / "gpu_siglip_smollm2.yaml"
 IMAGE = "--model.init_args.model.init_args.image"
@@ -56,7 +55,13 @@ def test_hub_names_are_kept(workplace):
 def test_runs_with_random_weights(fit, small_llm, vqa_v2):
     names = [f"{IMAGE}.name=random:timm:vit_base_patch16_siglip_224", f"{LLM}=random:hf:{small_llm}"]
     sizes = ["--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=2", "--data.init_args.workers=0"]
-    options = [*names, *sizes, "--data.init_args.pin_memory=false", "--trainer.accelerator=cpu"]
+    options = [
+        *names,
+        *sizes,
+        "--data.init_args.pin_memory=false",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=1",
+    ]
     run = fit("gpu_siglip_smollm2.yaml", options=options)
     assert run.trainer.global_step == 2 and run.trainer.precision == "bf16-mixed"
     assert {"val_loss", "val_vqa_official"} <= set(run.trainer.callback_metrics)
@@ -64,9 +69,6 @@ def test_runs_with_random_weights(fit, small_llm, vqa_v2):
     assert connector.num_tokens(encoder.num_tokens((3, 224, 224))) == 49
     samples = [run.data.datasets["train"][i] for i in range(3)]
     before = loss(run, samples)
-    # a model built again has other random weights, and the adapter's folder knows that they are not its own
-    with pytest.raises(BaseMismatch):
-        reloaded("runs/siglip_smollm2/adapter")
     mmpeft.detach(run.model)
     mmpeft.load(run.model, "runs/siglip_smollm2/adapter")
     assert loss(run, samples) == before

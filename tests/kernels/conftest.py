@@ -1,12 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be asked for before they are imported."""
-
-import os
+"""Without a GPU the kernels run in Triton's interpreter; tests/conftest.py asks for it before anything imports Triton."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

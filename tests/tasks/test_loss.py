@@ -1,5 +1,6 @@
 """The loss is the mean over all supervised tokens of an optimizer step, however they are spread over micro-batches."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,9 @@ def test_two_ranks_with_unequal_token_counts_equal_one(tmp_path):
     """Two gloo ranks through Lightning's own DDP give the losses' gradients, hence the weights, of one process."""
     script = Path(__file__).with_name("ranks_script.py")
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    # Runs in this process have left Lightning's seed, port and rank in the environment, which a child would obey.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "MASTER_", "LOCAL_", "NODE_", "WORLD_"))}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=clean)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     assert one.keys() == two.keys() and len(one) > 4
