@@ -41,7 +41,8 @@ def main(steps: int = 300, questions: int = 500, folder: str = "runs/script", ll
                       enable_checkpointing=False, default_root_dir=folder, callbacks=[saving])  # fmt: skip
     trainer.fit(task, data)
     print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items()})
-    print(held_out[0]["messages"][0]["content"][-1]["text"], "->", model.eval().chat(held_out[0]["messages"]))
+    question = held_out[0]["messages"]
+    print(question[0]["content"][-1]["text"], "->", model.eval().chat(question, max_new_tokens=8))
     return model
 
 

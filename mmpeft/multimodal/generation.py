@@ -7,12 +7,13 @@ sampling) never change an evaluation silently. Prompts are sorted by length, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.multimodal.collate import Batch, collate
@@ -104,13 +105,27 @@ def generate_ids(model: MultimodalLM, batch: Batch, options: Options) -> Tensor:
     stop = model.conversations.stop_ids
     config = options.config(stop=stop, pad=stop[0])
     llm: Any = model.llm
-    with evaluating(model):
+    with evaluating(model), contiguous_inputs(llm.get_output_embeddings()):
         embeds = model.embed(batch)
         with rows_of(model, [i for i in range(embeds.shape[0]) for _ in range(options.num_beams)]):
             ids: Tensor = llm.generate(
                 inputs_embeds=embeds, attention_mask=batch["attention_mask"].long(), generation_config=config
             )
     return ids
+
+
+@contextmanager
+def contiguous_inputs(head: nn.Module) -> Iterator[None]:
+    """Give the head its last positions [B, 1, H] as a tensor of their own instead of a slice of [B, T, H].
+
+    torch folds a strided [B, 1, H] into one matrix product only where a gradient is wanted; with a frozen weight it
+    copies the weight B times for a batched product (0.1 s a row at 49,152 x 576 on one CPU core, against 0.6 ms).
+    """
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def to_device(value: Any, device: torch.device) -> Any:

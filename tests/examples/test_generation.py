@@ -76,9 +76,9 @@ def test_own_data(fit, small_llm, workplace, capsys):
     check_saved(run, "runs/own/adapter", run.data.datasets["train"])
     question = ["--image", "examples/data/cat_3.png", "What is in the picture?"]
     capsys.readouterr()
-    assert main(["generate", "--adapter", "runs/own/adapter", *question]) == 0
+    assert main(["generate", "--adapter", "runs/own/adapter", "--max-new-tokens", "8", *question]) == 0
     sample = run.data.datasets["val"][0]
-    assert capsys.readouterr().out.strip() == run.model.chat(sample["messages"]).strip()
+    assert capsys.readouterr().out.strip() == run.model.chat(sample["messages"], max_new_tokens=8).strip()
 
 
 def test_own_data_is_checked(workplace):
