@@ -162,7 +162,7 @@ __version__ = "0.1.0"
 # What needs more than torch loads when it is first asked for.
 _LAZY = {
     "MultimodalLM": "mmpeft.multimodal",
-    "export_peft": "mmpeft.adapters.peft_format",
+    "export_peft": "mmpeft.adapters.peft.format",
     "rollout": "mmpeft.policies.rollout_loop",
 }
 _PARTS = ("connectors", "data", "encoders", "kernels", "metrics", "multimodal", "policies", "tasks")

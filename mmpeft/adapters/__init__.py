@@ -1,23 +1,20 @@
 """The adapter engine: sites, plans, attaching, switching, merging, files; and the methods, one file a family."""
 
-from mmpeft.adapters.activation import RED, SSF, HeadScaling, LoFiT, Propulsion, lofit_plan
 from mmpeft.adapters.attach import attach, bare, detach
-from mmpeft.adapters.autolora import AutoLoRASearch
-from mmpeft.adapters.blocks import GraLoRA, MiSS
-from mmpeft.adapters.bottleneck import AdaptFormer, Bottleneck
-from mmpeft.adapters.circulant import C3A, SURM, FourierFT
-from mmpeft.adapters.compact import compact, drop_sites, prune_channels
-from mmpeft.adapters.conv_adapter import ConvAdapter
-from mmpeft.adapters.diff_pruning import DiffGates, DiffPruning
-from mmpeft.adapters.dynamic_rank import AdaLoRA, AutoLoRA, CapaBoost, DyLoRA, IncreLoRA, SoRA
-from mmpeft.adapters.fact import FacTTK, FacTTT
-from mmpeft.adapters.hadamard import HiRA, LoHa
 from mmpeft.adapters.inspect import Inspection, inspect
-from mmpeft.adapters.integer import FP8, Int
-from mmpeft.adapters.kronecker import KAdaptation, KronA, LoKr
-from mmpeft.adapters.laplace import Laplace
-from mmpeft.adapters.lora import DoRA, LoRA, VeRA
-from mmpeft.adapters.lora_kin import (
+from mmpeft.adapters.method import Delta, Factors, Method
+from mmpeft.adapters.methods.activation import RED, SSF, HeadScaling, LoFiT, Propulsion, lofit_plan
+from mmpeft.adapters.methods.blocks import GraLoRA, MiSS
+from mmpeft.adapters.methods.bottleneck import AdaptFormer, Bottleneck
+from mmpeft.adapters.methods.circulant import C3A, SURM, FourierFT
+from mmpeft.adapters.methods.conv_adapter import ConvAdapter
+from mmpeft.adapters.methods.diff_pruning import DiffGates, DiffPruning
+from mmpeft.adapters.methods.dynamic_rank import AdaLoRA, AutoLoRA, CapaBoost, DyLoRA, IncreLoRA, SoRA
+from mmpeft.adapters.methods.fact import FacTTK, FacTTT
+from mmpeft.adapters.methods.hadamard import HiRA, LoHa
+from mmpeft.adapters.methods.kronecker import KAdaptation, KronA, LoKr
+from mmpeft.adapters.methods.lora import DoRA, LoRA, VeRA
+from mmpeft.adapters.methods.lora_kin import (
     DeLoRA,
     DeltaLoRA,
     KernelMix,
@@ -28,31 +25,21 @@ from mmpeft.adapters.lora_kin import (
     RoseLoRA,
     begin_delta_lora,
 )
-from mmpeft.adapters.lora_noise import LoRADropout, Masks, PeriodicLoRA, mask_ensemble, orthogonal_penalty, unload
-from mmpeft.adapters.lora_prune import LoRAPrune, LoRAPruner, drop_below, layer_of
-from mmpeft.adapters.method import Delta, Factors, Method
-from mmpeft.adapters.nf4 import NF4
-from mmpeft.adapters.orthogonal import BOFT, HRA, OFT
-from mmpeft.adapters.packed_weight import PackedWeight
-from mmpeft.adapters.phm import Compacter, PHMAdapter
-from mmpeft.adapters.placement import place, spt_plan
-from mmpeft.adapters.plan import Plan, Rule
-from mmpeft.adapters.quantise import (
-    dequantise,
-    load_bitsandbytes,
-    load_packed,
-    loftq,
-    packed_bytes,
-    plan_bits,
-    quantise,
-    save_packed,
+from mmpeft.adapters.methods.lora_noise import (
+    LoRADropout,
+    Masks,
+    PeriodicLoRA,
+    mask_ensemble,
+    orthogonal_penalty,
+    unload,
 )
-from mmpeft.adapters.quantised import LRQAT, PEQA, QALoRA, merge_qalora
-from mmpeft.adapters.rank import Constant, Cubic, RankController
-from mmpeft.adapters.rank_policies import Budget, Growth, Proximal, Sampled, set_rank
-from mmpeft.adapters.scaling import IA3
-from mmpeft.adapters.selective import BitFit, Full, LayerNormTuning, RoCoFT
-from mmpeft.adapters.sparse import (
+from mmpeft.adapters.methods.lora_prune import LoRAPrune, LoRAPruner, drop_below, layer_of
+from mmpeft.adapters.methods.orthogonal import BOFT, HRA, OFT
+from mmpeft.adapters.methods.phm import Compacter, PHMAdapter
+from mmpeft.adapters.methods.quantised import LRQAT, PEQA, QALoRA, merge_qalora
+from mmpeft.adapters.methods.scaling import IA3
+from mmpeft.adapters.methods.selective import BitFit, Full, LayerNormTuning, RoCoFT
+from mmpeft.adapters.methods.sparse import (
     FAR,
     LTSFT,
     NEFT,
@@ -65,12 +52,34 @@ from mmpeft.adapters.sparse import (
     UBitFit,
     attach_selected,
 )
-from mmpeft.adapters.sparsify import ChildMask, RosePruner, TopGradient, WorstSamples
-from mmpeft.adapters.spiel import SpIEL, spiel_step
+from mmpeft.adapters.methods.spiel import SpIEL, spiel_step
+from mmpeft.adapters.methods.steering import ITI, RepE, fit_iti, fit_repe, set_strength
+from mmpeft.adapters.methods.subspace import DID, SAID
+from mmpeft.adapters.methods.tokens import VPT, PromptTuning
+from mmpeft.adapters.methods.xpeft import XPEFT
+from mmpeft.adapters.plan import Plan, Rule
+from mmpeft.adapters.selection.autolora import AutoLoRASearch
+from mmpeft.adapters.selection.compact import compact, drop_sites, prune_channels
+from mmpeft.adapters.selection.laplace import Laplace
+from mmpeft.adapters.selection.placement import place, spt_plan
+from mmpeft.adapters.selection.rank import Constant, Cubic, RankController
+from mmpeft.adapters.selection.rank_policies import Budget, Growth, Proximal, Sampled, set_rank
+from mmpeft.adapters.selection.sparsify import ChildMask, RosePruner, TopGradient, WorstSamples
 from mmpeft.adapters.stack import stack, unstack
-from mmpeft.adapters.steering import ITI, RepE, fit_iti, fit_repe, set_strength
+from mmpeft.adapters.storage.integer import FP8, Int
+from mmpeft.adapters.storage.nf4 import NF4
+from mmpeft.adapters.storage.packed_weight import PackedWeight
+from mmpeft.adapters.storage.quantise import (
+    dequantise,
+    load_bitsandbytes,
+    load_packed,
+    loftq,
+    packed_bytes,
+    plan_bits,
+    quantise,
+    save_packed,
+)
 from mmpeft.adapters.store import load, read_metadata, save
-from mmpeft.adapters.subspace import DID, SAID
 from mmpeft.adapters.switch import (
     active,
     check_distributed,
@@ -81,5 +90,3 @@ from mmpeft.adapters.switch import (
     unmerge,
     use,
 )
-from mmpeft.adapters.tokens import VPT, PromptTuning
-from mmpeft.adapters.xpeft import XPEFT

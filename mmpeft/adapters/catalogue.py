@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 import mmpeft.adapters
-from mmpeft.adapters import peft_values, peft_write
 from mmpeft.adapters.inspect import tensors_of
 from mmpeft.adapters.method import REGISTRY, Method
+from mmpeft.adapters.peft import values as peft_values
+from mmpeft.adapters.peft import write as peft_write
 from mmpeft.adapters.plan import Plan, resolve
 from mmpeft.errors import MmpeftError
 

@@ -135,7 +135,7 @@ def load(
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists() and not (folder / DESCRIPTION).exists():
-        from mmpeft.adapters.peft_format import load_peft
+        from mmpeft.adapters.peft.format import load_peft
 
         load_peft(model, folder, name or "default", example=example, check=check)
         return name or "default"

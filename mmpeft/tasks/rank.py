@@ -1,4 +1,4 @@
-"""Rank controllers under Lightning: the policies of `mmpeft.adapters.rank_policies` as a callback.
+"""Rank controllers under Lightning: the policies of `mmpeft.adapters.selection.rank_policies` as a callback.
 
 trainer = lightning.Trainer(callbacks=[RankControl(mmpeft.Budget(target=4, total_steps=1000))])
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mmpeft.adapters.compact import compact
-from mmpeft.adapters.rank import Policy, RankController
+from mmpeft.adapters.selection.compact import compact
+from mmpeft.adapters.selection.rank import Policy, RankController
 from mmpeft.errors import require
 
 _lightning: Any = require("lightning.pytorch", "train")

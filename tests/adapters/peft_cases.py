@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters.peft_format import export_peft, is_peft, load_peft
+from mmpeft.adapters.peft.format import export_peft, is_peft, load_peft
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters.peft_format import export_peft, load_peft, read_peft
+from mmpeft.adapters.peft.format import export_peft, load_peft, read_peft
 from mmpeft.adapters.store import adapter_tensors
 from mmpeft.errors import Unsupported
 

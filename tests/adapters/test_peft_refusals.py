@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters.peft_format import export_peft, load_peft, read_peft
+from mmpeft.adapters.peft.format import export_peft, load_peft, read_peft
 from mmpeft.errors import FileFormatError, NameNotFound, Unsupported
 
 # --- where PEFT is wrong ---------------------------------------------------------------------------------------------

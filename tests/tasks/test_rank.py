@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import dynamic_rank, rank, rank_policies
+from mmpeft.adapters.methods import dynamic_rank
+from mmpeft.adapters.selection import rank, rank_policies
 from mmpeft.adapters.state import slots
 from mmpeft.tasks import AdapterTask
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from table import Row, outer
 
-from mmpeft.adapters import dynamic_rank, lora_noise, lora_prune, quantised
+from mmpeft.adapters.methods import dynamic_rank, lora_noise, lora_prune, quantised
 
 RANK_ROWS = {
     "dylora": Row(

@@ -13,7 +13,8 @@ from cases import Attention, DirectRead, Experts, Host, _hf_conv1d, deltas
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.adapters import (
+from mmpeft.adapters.method import Method
+from mmpeft.adapters.methods import (
     activation,
     blocks,
     circulant,
@@ -26,7 +27,6 @@ from mmpeft.adapters import (
     sparse,
     subspace,
 )
-from mmpeft.adapters.method import Method
 
 OUT, INTO = 24, 16  # of the linear site: both sides divide by 4 and 8, neither is a power of the other
 

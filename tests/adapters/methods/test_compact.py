@@ -10,9 +10,9 @@ from cases import close, deltas, fill
 from rank_kit import adapted, small
 
 import mmpeft
-from mmpeft.adapters import rank, rank_policies
-from mmpeft.adapters.dynamic_rank import AdaLoRA, DyLoRA, IncreLoRA, SoRA
-from mmpeft.adapters.rank_policies import Budget
+from mmpeft.adapters.methods.dynamic_rank import AdaLoRA, DyLoRA, IncreLoRA, SoRA
+from mmpeft.adapters.selection import rank, rank_policies
+from mmpeft.adapters.selection.rank_policies import Budget
 from mmpeft.errors import ConfigError, Unsupported
 
 

@@ -11,8 +11,9 @@ from rank_kit import adapted, backward, small
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import dynamic_rank, rank, rank_policies
-from mmpeft.adapters.autolora import AutoLoRASearch
+from mmpeft.adapters.methods import dynamic_rank
+from mmpeft.adapters.selection import rank, rank_policies
+from mmpeft.adapters.selection.autolora import AutoLoRASearch
 from mmpeft.errors import ConfigError
 
 AdaLoRA, DyLoRA, SoRA, IncreLoRA, AutoLoRA = (

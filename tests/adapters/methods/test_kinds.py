@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters.orthogonal import butterfly
-from mmpeft.adapters.subspace import hadamard
+from mmpeft.adapters.methods.orthogonal import butterfly
+from mmpeft.adapters.methods.subspace import hadamard
 from mmpeft.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from cases import close, deltas, fill
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters.laplace import Laplace
+from mmpeft.adapters.selection.laplace import Laplace
 from mmpeft.errors import ConfigError
 
 

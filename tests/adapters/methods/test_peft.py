@@ -16,8 +16,8 @@ from table import INTO, OUT
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters.kronecker import factor_pair
-from mmpeft.adapters.orthogonal import butterfly
+from mmpeft.adapters.methods.kronecker import factor_pair
+from mmpeft.adapters.methods.orthogonal import butterfly
 
 peft = pytest.importorskip("peft")
 

@@ -8,7 +8,8 @@ from cases import close, deltas, fill
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import lora_noise, lora_prune, rank
+from mmpeft.adapters.methods import lora_noise, lora_prune
+from mmpeft.adapters.selection import rank
 from mmpeft.errors import ConfigError, NameNotFound
 
 

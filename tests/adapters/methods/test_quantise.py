@@ -15,11 +15,12 @@ from quantise_kit import net
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import nf4, quantised
 from mmpeft.adapters.fingerprint import fingerprint
-from mmpeft.adapters.integer import FP8, Int, pack, unpack
-from mmpeft.adapters.packed_weight import PackedWeight
-from mmpeft.adapters.quantise import linears
+from mmpeft.adapters.methods import quantised
+from mmpeft.adapters.storage import nf4
+from mmpeft.adapters.storage.integer import FP8, Int, pack, unpack
+from mmpeft.adapters.storage.packed_weight import PackedWeight
+from mmpeft.adapters.storage.quantise import linears
 from mmpeft.errors import ConfigError, FileFormatError, MmpeftError, NameNotFound, Unsupported
 
 ALL = [nf4.NF4(), nf4.NF4(double=False), Int(8), Int(4, 8), Int(4, 8, True), Int(2, 4), Int(8, affine=True), FP8()]

@@ -10,10 +10,10 @@ from quantise_kit import net
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import quantised
-from mmpeft.adapters.integer import Int
-from mmpeft.adapters.packed_weight import PackedWeight
-from mmpeft.adapters.quantise import split
+from mmpeft.adapters.methods import quantised
+from mmpeft.adapters.storage.integer import Int
+from mmpeft.adapters.storage.packed_weight import PackedWeight
+from mmpeft.adapters.storage.quantise import split
 from mmpeft.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from cases import close, deltas
 from torch import nn
 
 import mmpeft
-from mmpeft.adapters import criteria, sparsify
 from mmpeft.adapters.plan import Plan, resolve
+from mmpeft.adapters.selection import criteria, sparsify
 from mmpeft.errors import ConfigError, NameNotFound
 
 

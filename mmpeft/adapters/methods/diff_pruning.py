@@ -1,0 +1,133 @@
+"""Diff pruning (Guo et al. 2021, arXiv 2012.07463): a dense delta under learned gates, then its largest entries alone.
+
+W' = W + z * w, z from the hard-concrete distribution with location alpha and an L0 penalty on it; the structured form
+multiplies every entry's gate by one for its matrix. Twice the weights are trained meanwhile; what is stored in the end
+is a `Sparse` adapter:
+
+    mmpeft.attach(model, {"encoder.**": mmpeft.DiffPruning(structured=True)}, name="a")
+    gates = mmpeft.DiffGates(model, "a")
+    each step:  gates.draw(); loss = task(model) + 1e-7 * gates.penalty(); ...
+    gates.harden(density=0.005)          # the adapter "a" now holds the largest 0.5 % of z * w; train on, with fixed
+                                         places
+
+Choice: a gate's noise is drawn by `draw`, not by reading the weight, so that all reads of one forward, and its
+recomputation, see the same gates; without noise, and in eval, z is the distribution's median.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.adapters.attach import attach, detach
+from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
+from mmpeft.adapters.methods.sparse import Sparse, exact, settle, sparse_deltas
+from mmpeft.adapters.plan import Plan, Rule
+from mmpeft.adapters.selection.criteria import top
+from mmpeft.adapters.site import Site
+from mmpeft.adapters.state import slots, state_of
+from mmpeft.errors import ConfigError
+
+LOW, HIGH = -1.5, 1.5  # the stretched interval of the paper
+
+
+@dataclass(frozen=True)
+class DiffPruning(Method, name="diff-pruning", aliases=("diff_pruning", "u-diff", "s-diff")):
+    """`W' = W + z * w`, w 0 at the start (arXiv 2012.07463); trained: w and alpha, and one alpha a matrix with
+    `structured`.
+
+    Args:
+        structured: multiply by a gate of the whole matrix too ("S-Diff").
+        alpha: start of the gates' locations, at which z is 0.95 (the paper starts nearer to 1, where gates have no
+            gradient).
+    """
+
+    structured: bool = False
+    alpha: float = 1.5
+    mixes = False
+
+    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
+        assert base is not None
+        shapes = {"": base.shape, **({"_group": torch.Size([1])} if self.structured else {})}
+        trained = {f"alpha{n}": zeros(*shape, like=base) + self.alpha for n, shape in shapes.items()}
+        noise = {f"noise{n}": zeros(*shape, like=base) for n, shape in shapes.items()}
+        return Tensors({"w": zeros(*base.shape, like=base), **trained}, derived=noise)
+
+    def update(self, p: Delta) -> Tensor:
+        """z * w, with noise in training only."""
+        out: Tensor = p.w
+        for n in ("", "_group") if self.structured else ("",):
+            location: Tensor = getattr(p, f"alpha{n}")
+            out = out * gate(location + getattr(p, f"noise{n}") if p.training else location)
+        return out
+
+    def weight(self, W: Tensor, p: Delta) -> Tensor:
+        return W + self.update(p)
+
+
+def gate(location: Tensor) -> Tensor:
+    """min(1, max(0, sigmoid(location) stretched to (LOW, HIGH)))."""
+    return (torch.sigmoid(location) * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+class DiffGates:
+    """Draws, penalises and finally hardens the gates of a DiffPruning adapter."""
+
+    def __init__(self, model: nn.Module, name: str = "default", *, seed: int = 0) -> None:
+        state_of(model).check_names([name])
+        self.model, self.name = model, name
+        found = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,))]
+        self.deltas = [d for d in found if isinstance(d.method, DiffPruning)]
+        if not self.deltas or len(self.deltas) < len(found):
+            raise ConfigError(
+                f"adapter {name!r} has {len(self.deltas)} DiffPruning sites of {len(found)}; expected all"
+            )
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """New logistic noise for every gate; once a step, before the forward."""
+        for d in self.deltas:
+            for n, p in d.named_parameters():
+                if n.startswith("noise"):
+                    u = torch.rand(p.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+                    p.copy_(torch.logit(u))
+
+    def penalty(self) -> Tensor:
+        """Expected number of non-zero entries of all deltas."""
+        shift = log(-LOW / HIGH)
+        total = torch.zeros(())
+        for d in self.deltas:
+            open_ = torch.sigmoid(d.alpha - shift)
+            if "alpha_group" in d._parameters:
+                open_ = open_ * torch.sigmoid(d.alpha_group - shift)
+            total = total.to(open_) + open_.sum()
+        return total
+
+    def harden(self, density: float) -> nn.Module:
+        """Replace the adapter by a `Sparse` one of the same name with the `density` of all entries whose z * w is
+        largest."""
+        if not 0 < density <= 1:
+            raise ConfigError(f"density {density}; expected 0 < density <= 1")
+        with torch.no_grad():
+            training = {d: d.training for d in self.deltas}
+            for d in self.deltas:
+                d.eval()
+            final = {d.site.name: d.method.update(d).clone() for d in self.deltas if isinstance(d.method, DiffPruning)}
+            for d, mode in training.items():
+                d.train(mode)
+        total = sum(t.numel() for t in final.values())
+        places = top({n: t.abs() for n, t in final.items()}, max(1, round(density * total)))
+        rules = [
+            Rule(exact(d.site), (Sparse(count=len(places[d.site.name])),)) for d in self.deltas if d.site.name in places
+        ]
+        detach(self.model, self.name)
+        attach(self.model, Plan(tuple(rules)), self.name, check=False)
+        with torch.no_grad():
+            for d in sparse_deltas(self.model, self.name):
+                settle(d, places[d.site.name])
+                d.value.copy_(final[d.site.name].flatten()[places[d.site.name]])
+        return self.model

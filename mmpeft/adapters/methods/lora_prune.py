@@ -1,0 +1,192 @@
+"""Pruning the base under LoRA, and leaving out adapters by layer.
+
+    LoRAPrune     Zhang et al. 2024, arXiv 2305.18403: structured masks on W + B A, scored by LoRA's gradients alone
+    drop_below    Rueckle et al. 2021, arXiv 2010.11918 (AdapterDrop): no adapter in the first n layers, for a while;
+                  `drop_sites(model, lambda site: layer_of(site) < n)` of `compact.py` does it for good
+
+The mask of a LoRAPrune site is in its adapter, so the base stays whole and `use(model, None)` is unpruned. Channels
+that are pruned are zero; cutting them out of the network's other layers is not done here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.adapters.method import Context, Delta, Factors, Tensors, zeros
+from mmpeft.adapters.methods.low_rank import LowRank, check_divides, check_matrix, one_of
+from mmpeft.adapters.selection.criteria import cubic, smooth
+from mmpeft.adapters.site import Site, slice_rows
+from mmpeft.adapters.state import slots, state_of
+from mmpeft.errors import ConfigError, NameNotFound, nearest
+
+
+@dataclass(frozen=True)
+class LoRAPrune(LowRank, name="loraprune", aliases=("lora-prune",)):
+    """`W' = (W + alpha / rank * B A) * M`, M a mask of whole rows or columns (arXiv 2305.18403), 1 at the start; rank
+    (in + out) parameters. A `LoRAPruner` sets the mask.
+
+    Args:
+        axis: "rows" (output units) or "columns" (input units).
+        group: neighbouring rows or columns that go together: a head's width for attention.
+    """
+
+    axis: Literal["rows", "columns"] = "rows"
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("axis", self.axis, ("rows", "columns"))
+
+    def check(self, site: Site) -> None:
+        check_matrix(self, site)
+        super().check(site)
+        check_divides("group", site.shape[0 if self.axis == "rows" else 1], self.group, self.axis, site)
+
+    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
+        assert base is not None
+        mask = torch.ones_like(zeros(base.shape[0 if self.axis == "rows" else 1], like=base))
+        return Tensors(self.pair(base), frozen={"mask": mask})
+
+    def factors(self, W: Tensor, p: Delta) -> Factors | None:
+        if self.axis == "rows":
+            return Factors(p.A, p.B, self.scale, row=p.mask)
+        return Factors(p.A * p.mask, p.B, self.scale, col=p.mask)
+
+
+class LoRAPruner:
+    """Iterative pruning: after each optimizer step (gradients still there) importances are averaged, and the least
+    important groups of each site are masked, to a share that rises cubically to `sparsity` between two steps.
+
+    An entry's importance is (G (W + s B A))^2 with G = s (dB A + B dA - dB dA), what a step of LoRA would change of W;
+    a group's is the sum over its entries.
+
+    Args:
+        sparsity: final share of groups masked at every site.
+        begin, end: steps between which it rises.
+        beta: of the moving average.
+        tied: lists of site names whose groups go together (q, k, v rows and the output projection's columns of a
+            layer); their scores are added.
+
+    Raises:
+        ConfigError: no LoRAPrune site, values out of range, or tied sites with different numbers of groups.
+        NameNotFound: a tied name that is no LoRAPrune site.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        begin: int,
+        end: int,
+        beta: float = 0.9,
+        tied: Sequence[Sequence[str]] = (),
+        name: str | None = None,
+    ) -> None:
+        if not 0 < sparsity < 1 or not 0 <= begin < end or not 0 <= beta < 1:
+            raise ConfigError(
+                f"sparsity {sparsity}, begin {begin}, end {end}, beta {beta}; expected sparsity in (0, 1), "
+                "0 <= begin < end, 0 <= beta < 1"
+            )
+        names = None if name is None else (name,)
+        found = [(owner, d) for _, owner, s in slots(model) for _, d in s.deltas(names)]
+        self.sites = {d.site.name: (owner, d) for owner, d in found if isinstance(d.method, LoRAPrune)}
+        if not self.sites:
+            raise ConfigError("LoRAPruner: the model has no LoRAPrune adapter")
+        for site in (site for group in tied for site in group):
+            if site not in self.sites:
+                raise NameNotFound(f"tied site {site!r} is no LoRAPrune site{nearest(site, self.sites)}")
+        alone = [[n] for n in self.sites if all(n not in group for group in tied)]
+        self.groups = [*(list(group) for group in tied), *alone]
+        for group in self.groups:
+            if len({self._count(n) for n in group}) > 1:
+                counts = ", ".join(f"{n} {self._count(n)}" for n in group)
+                raise ConfigError(f"tied sites have different numbers of groups: {counts}")
+        self.sparsity, self.begin, self.end, self.beta, self.steps = sparsity, begin, end, beta, 0
+        self.scores: dict[str, Tensor] = {}
+
+    def _count(self, name: str) -> int:
+        _, d = self.sites[name]
+        assert isinstance(d.method, LoRAPrune)
+        return int(d.mask.numel()) // d.method.group
+
+    def importance(self, name: str) -> Tensor:
+        """This step's scores of a site's groups [groups]."""
+        owner, d = self.sites[name]
+        assert isinstance(d.method, LoRAPrune) and d.site.layout is not None
+        if d.A.grad is None or d.B.grad is None:
+            raise ConfigError(f"{name} has no gradient; call step after backward and before zero_grad")
+        stored = owner._parameters[d.site.tensor]
+        assert stored is not None
+        W = slice_rows(d.site.layout.to_matrix(stored.detach()), d.site.rows).to(d.A.dtype)
+        G = d.B.grad @ d.A + d.B @ d.A.grad - d.B.grad @ d.A.grad
+        scale = d.method.scale
+        entries: Tensor = (scale * G * (W + scale * d.B @ d.A)).square()
+        units = entries.sum(1 if d.method.axis == "rows" else 0)
+        return units.view(-1, d.method.group).sum(1)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Update scores and masks; returns the share masked now."""
+        self.steps += 1
+        share = cubic(self.steps, 0.0, self.sparsity, self.begin, self.end)
+        for group in self.groups:
+            for name in group:
+                self.scores[name] = smooth(self.scores.get(name), self.importance(name), self.beta)
+            total = torch.stack([self.scores[name] for name in group]).sum(0)
+            gone = total.argsort(stable=True)[: int(share * len(total) + 1e-9)]
+            keep = torch.ones_like(total)
+            keep[gone] = 0
+            for name in group:
+                _, d = self.sites[name]
+                assert isinstance(d.method, LoRAPrune)
+                d.mask.copy_(keep.repeat_interleave(d.method.group))
+        return share
+
+
+def layer_of(site: Site) -> int | None:
+    """Number of the layer a site is in: the first number in its path; None where there is none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.path)
+    return None if found is None else int(found[1])
+
+
+@contextmanager
+def drop_below(model: nn.Module, n: int, *, name: str | None = None) -> Iterator[list[str]]:
+    """Within it, adapter `name` (None: every one) is not there in layers 0..n-1. Yields the sites left out.
+    AdapterDrop trains with n drawn anew for each batch; with activation checkpointing, run the backward inside.
+
+    Raises:
+        ConfigError: no site would be left out, or adapters are merged or stacked.
+    """
+    state = state_of(model)
+    if state.merged or state.indexed:
+        raise ConfigError("drop_below: adapters are merged or stacked, so none can be left out")
+    names = tuple(state.entries) if name is None else (name,)
+    state.check_names(names)
+    taken: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+    gone = []
+    for _, _, slot in slots(model):
+        below = [d for _, d in slot.deltas(names) if (layer := layer_of(d.site)) is not None and layer < n]
+        if below:
+            gone += [d.site.name for d in below]
+            taken.append((slot, dict(slot._modules)))
+    if not gone:
+        raise ConfigError(f"drop_below({n}): no site is in a numbered layer below {n}")
+    try:
+        for slot, _ in taken:
+            for adapter in names:
+                slot._modules.pop(adapter, None)
+            slot.cache = {}  # type: ignore[assignment]
+        yield gone
+    finally:
+        for slot, before in taken:
+            slot._modules.clear()
+            slot._modules.update(before)
+            slot.cache = {}  # type: ignore[assignment]

@@ -1,0 +1,227 @@
+"""Real compaction: components of a low-rank adapter that are out of use leave its tensors, its file and its plan.
+
+    mmpeft.compact(model)                         what AdaLoRA, SoRA, IncreLoRA, DyLoRA no longer use
+    mmpeft.prune_channels(model, keep=0.5)        LoRA: the components with the smallest ||b_j|| ||a_j||, over all sites
+    mmpeft.drop_sites(model, lambda site: ...)    whole sites (AdapterDrop's fixed form)
+
+The outputs stay what they were with those components at zero. Tensors are new, so an optimizer must be made again. The
+adapter's plan gets one exact rule for each changed site, which is how its file loads with the smaller ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.adapters.method import Delta, Method, Tensors
+from mmpeft.adapters.methods.dynamic_rank import Elastic
+from mmpeft.adapters.methods.lora import DoRA, LoRA
+from mmpeft.adapters.methods.low_rank import LowRank
+from mmpeft.adapters.plan import Rule
+from mmpeft.adapters.selection.criteria import top
+from mmpeft.adapters.site import Site
+from mmpeft.adapters.state import slots, state_of
+from mmpeft.errors import ConfigError, Unsupported
+
+_PAIR: dict[str, int | None] = {"A": -2, "B": -1}
+_AXES: dict[type[Method], dict[str, int | None]] = {LoRA: _PAIR, DoRA: {**_PAIR, "m": None}}
+
+
+def compact(model: nn.Module, name: str | None = None, *, keep: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """Take unused components out of adapter `name` (default: the only one).
+
+    Args:
+        keep: site name -> [rank] bool, what stays; default what the methods say is in use (sites of other methods stay
+            as they are).
+
+    Returns:
+        Site name -> rank now, 0 for a site that is gone, for the sites that were looked at.
+
+    Raises:
+        ConfigError: nothing would be left, or a mask has the wrong length.
+        Unsupported: stacks of experts, whose ranks may differ, and methods without components.
+    """
+    name, state = _one(model, name), state_of(model)
+    if state.merged:
+        raise ConfigError(f"adapters {', '.join(state.merged)} are merged; unmerge before changing one")
+    todo: list[tuple[nn.ModuleDict, str, Delta, Tensor]] = []
+    total = 0
+    for _, _, slot in slots(model):
+        for key, delta in slot._modules.get(name, {}).items():
+            total += 1
+            mask = _mask(delta, keep)
+            if mask is not None:
+                todo.append((slot._modules[name], key, delta, mask))
+    if not todo:
+        raise ConfigError(f"adapter {name!r} has no site with components to take out")
+    if len(todo) == total and not any(bool(mask.any()) for *_, mask in todo):
+        raise ConfigError(f"no component of adapter {name!r} is in use; detach it instead")
+    for group, key, delta, mask in todo:
+        if bool(mask.any()):
+            group[key] = _smaller(delta, mask)
+        else:
+            del group[key]
+    _rewrite(model, name, [delta.site for _, _, delta, _ in todo])
+    return {delta.site.name: int(mask.sum()) for _, _, delta, mask in todo}
+
+
+def prune_channels(
+    model: nn.Module, name: str | None = None, *, keep: float | int, per_site: bool = False
+) -> dict[str, int]:
+    """Channel-wise pruning of LoRA-type adapters: components j with the smallest ||b_j|| ||a_j|| leave (DoRA too; its
+    magnitudes stay).
+
+    Args:
+        keep: a number of components (int) or a share of them (float), of all sites together.
+        per_site: of each site instead.
+    """
+    name = _one(model, name)
+    found = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,)) if _has_pair(d)]
+    if not found:
+        raise ConfigError(f"adapter {name!r} has no site with a pair A, B")
+    scores = {d.site.name: d.B.detach().norm(dim=-2) * d.A.detach().norm(dim=-1) for d in found}
+    groups = [{n: s} for n, s in scores.items()] if per_site else [scores]
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        n = sum(s.numel() for s in group.values())
+        kept = top(group, keep if isinstance(keep, int) else max(1, round(keep * n)))
+        for site, s in group.items():
+            masks[site] = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
+            masks[site].view(-1)[kept.get(site, torch.zeros(0, dtype=torch.int64)).to(s.device)] = True
+    return compact(model, name, keep=masks)
+
+
+def drop_sites(model: nn.Module, drop: Callable[[Site], bool], name: str | None = None) -> list[str]:
+    """Take the adapter off every site for which `drop(site)` holds; returns their names.
+
+    Raises:
+        ConfigError: no site, or all of them.
+    """
+    name = _one(model, name)
+    groups = [slot._modules[name] for _, _, slot in slots(model) if name in slot._modules]
+    found = [(g, key, d) for g in groups for key, d in g.items()]
+    gone = [(g, key, d) for g, key, d in found if drop(d.site)]
+    if not gone or len(gone) == len(found):
+        raise ConfigError(f"{len(gone)} of {len(found)} sites of adapter {name!r} would go; expected some, and not all")
+    for group, key, _ in gone:
+        del group[key]
+    _rewrite(model, name, [d.site for _, _, d in gone])
+    return [d.site.name for _, _, d in gone]
+
+
+def _one(model: nn.Module, name: str | None) -> str:
+    state = state_of(model)
+    if name is None:
+        if len(state.entries) != 1:
+            raise ConfigError(f"the model has adapters {', '.join(state.entries)}; say which one: name=...")
+        return next(iter(state.entries))
+    state.check_names([name])
+    return name
+
+
+def _has_pair(delta: Delta) -> bool:
+    return {"A", "B"} <= set(delta._parameters) and axes_of(delta.method) is not None
+
+
+def axes_of(method: Method) -> dict[str, int | None] | None:
+    """Where each tensor's rank axis is; None for methods without components."""
+    if isinstance(method, Elastic):
+        return method.AXES
+    if type(method) in _AXES:
+        return _AXES[type(method)]
+    cls = type(method)
+    plain = isinstance(method, LowRank) and cls.init is LowRank.init and cls.factors is LowRank.factors
+    return _PAIR if plain else None
+
+
+def _mask(delta: Delta, keep: Mapping[str, Tensor] | None) -> Tensor | None:
+    if keep is not None:
+        if delta.site.name not in keep:
+            return None
+        mask = keep[delta.site.name].bool()
+    elif isinstance(delta.method, Elastic):
+        mask = delta.method.kept(delta)
+    else:
+        return None
+    if axes_of(delta.method) is None or set(delta._parameters) - set(axes_of(delta.method) or ()):
+        raise Unsupported(f"{delta.method.name} at {delta.site.name} has no components that could be taken out")
+    if mask.ndim != 1:
+        raise Unsupported(f"{delta.site.name} is a stack of experts, whose ranks would differ")
+    if len(mask) != getattr(delta.method, "rank", None):
+        raise ConfigError(f"a mask of {len(mask)} at {delta.site.name} of rank {getattr(delta.method, 'rank', None)}")
+    return mask
+
+
+def _smaller(delta: Delta, mask: Tensor) -> Delta:
+    """The site with the components of `mask` only."""
+    axes = axes_of(delta.method)
+    assert axes is not None
+    index = mask.nonzero().squeeze(-1)
+    method = _resized(delta.method, len(index))
+    cut: dict[str, Tensor] = {}
+    for n, p in delta._parameters.items():
+        axis = axes[n]
+        assert p is not None
+        cut[n] = p.detach().clone() if axis is None else p.detach().index_select(axis, index.to(p.device))
+    for n in {"size", "draw"} & set(cut):
+        cut[n].fill_(len(index))
+    trained = {n: t for n, t in cut.items() if n in delta.trained}
+    frozen = {n: t for n, t in cut.items() if n in delta.saved and n not in delta.trained}
+    derived = {n: t for n, t in cut.items() if n not in delta.saved}
+    made = Delta(method, delta.site, Tensors(trained, frozen, derived, delta.facts), delta.rule)
+    for n in trained:
+        flag = delta._parameters[n].requires_grad  # type: ignore[union-attr]
+        made._parameters[n].requires_grad_(flag)  # type: ignore[union-attr]
+    return made.train(delta.training)
+
+
+def _resized(method: Method, rank: int) -> Method:
+    if isinstance(method, Elastic):
+        return method.resized(rank)
+    old: int = method.rank  # type: ignore[attr-defined]
+    changes: dict[str, Any] = {"rank": rank}
+    known = {f.name for f in fields(method)}  # type: ignore[arg-type]
+    if getattr(method, "alpha", None) is not None:
+        power = 0.5 if getattr(method, "rslora", False) else 1.0
+        changes["alpha"] = method.alpha * (rank / old) ** power  # type: ignore[attr-defined]
+    elif getattr(method, "rslora", False):
+        changes["alpha"] = (old * rank) ** 0.5  # sqrt(old) was the scale
+    if "init_from" in known:
+        changes["init_from"] = "default"  # the values are the file's; PiSSA's frozen pair would not match
+    return replace(method, **changes)  # type: ignore[type-var]
+
+
+def _rewrite(model: nn.Module, name: str, changed: list[Site]) -> None:
+    """Exact rules, after the others, for every tensor (or call) of which a site changed; deltas point at them."""
+    entry = state_of(model).entries[name]
+    rules = list(entry.rules)
+    for place in dict.fromkeys(_place(site) for site in changed):
+        rules.append(Rule(place or ".").to_dict())  # frozen, which takes along what is below; that is named again
+        here = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,))]
+        left = [d for d in here if not place or (_place(d.site) + ".").startswith(place + ".")]
+        for pattern, index in dict.fromkeys((pattern_of(d.site), d.rule) for d in left):
+            mine = [d for d in left if (pattern_of(d.site), d.rule) == (pattern, index)]
+            before = rules[index]
+            methods = tuple(d.method for d in mine)
+            for d in mine:
+                d.rule = len(rules)
+            rules.append(Rule(pattern, methods, before.get("lr"), before.get("weight_decay")).to_dict())
+    entry.rules = rules
+    for _, _, slot in slots(model):
+        slot.cache = {}
+        if name in slot._modules and not len(slot._modules[name]):
+            del slot._modules[name]
+
+
+def _place(site: Site) -> str:
+    """Path of the site's tensor, or of the module whose call it wraps."""
+    return f"{site.path}.{site.tensor}".strip(".")
+
+
+def pattern_of(site: Site) -> str:
+    """What matches this site alone."""
+    return (_place(site) or ".") + (f"[{site.role}]" if site.role else "")
