@@ -1,7 +1,8 @@
 """Visual question answering and captioning on real handwritten digits, without a download.
 
 scikit-learn carries 1,797 digits of 8 x 8 pixels (the test part of UCI's Optical Recognition of Handwritten Digits).
-They are split once, by image, into 1,297 for training and 500 held out; questions are drawn over one or two of them:
+They are split once, by image, into 1,297 for training ("fit" and "validation" are parts of them) and 500 held out;
+questions are drawn over one or two of them:
 
     which_digit    "Which digit is this?"                      0 .. 9            chance .100
     odd_even       "Is this digit odd or even?"                odd, even         chance .500
@@ -26,7 +27,8 @@ from typing import Any
 from mmpeft.data.samples import ConversationDataset, Sample, positive, question_answer
 from mmpeft.errors import ConfigError, NameNotFound, nearest, require
 
-TRAIN_IMAGES = 1297  # of 1,797; the rest is the test split
+#: split -> its images in the fixed order; a recipe is chosen with "fit" and "validation", and "test" is asked once
+SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797), "fit": slice(0, 1000), "validation": slice(1000, 1297)}
 _SPLIT_SEED = 1797  # the split by image never depends on the user's seed, or one run's test images could train another
 _NAMED = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 
@@ -103,7 +105,8 @@ class DigitQuestions(ConversationDataset):
     """Map-style dataset of questions over handwritten digits; picklable, and the same for the same arguments.
 
     Args:
-        split: "train" (1,297 images) or "test" (the 500 others).
+        split: "train" (1,297 images) or "test" (the 500 others); or, where a recipe is to be chosen, "fit" (the first
+            1,000 of the training images) and "validation" (the 297 others of them).
         kinds: names out of the class's `table`; default all of them.
         size: number of questions, shared out equally among the kinds (the first kinds take the remainder).
         seed: draws the questions; the split by image does not depend on it.
@@ -119,8 +122,8 @@ class DigitQuestions(ConversationDataset):
     def __init__(
         self, split: str = "train", kinds: Sequence[str] | None = None, size: int = 10_000, seed: int = 0
     ) -> None:
-        if split not in ("train", "test"):
-            raise NameNotFound(f"unknown split {split!r}; splits are train, test{nearest(split, ('train', 'test'))}")
+        if split not in SPLITS:
+            raise NameNotFound(f"unknown split {split!r}; splits are {', '.join(SPLITS)}{nearest(split, SPLITS)}")
         self.kinds = tuple(kinds) if kinds is not None else tuple(self.table)
         for kind in self.kinds:
             if kind not in self.table:
@@ -203,7 +206,7 @@ def load_digits(split: str) -> tuple[list[Any], list[list[int]]]:
     pixels, labels = _all_digits()
     order = list(range(len(labels)))
     random.Random(_SPLIT_SEED).shuffle(order)
-    chosen = order[:TRAIN_IMAGES] if split == "train" else order[TRAIN_IMAGES:]
+    chosen = order[SPLITS[split]]
     grey = (pixels * (255.0 / 16.0)).round().astype("uint8")
     images = [Image.fromarray(grey[i]).convert("RGB") for i in chosen]
     by_digit: list[list[int]] = [[] for _ in range(10)]

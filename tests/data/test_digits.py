@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from mmpeft.data.digits import CAPTIONS, QUESTIONS, DigitsCaptions, DigitsVQA, load_digits
+from mmpeft.data.digits import CAPTIONS, QUESTIONS, SPLITS, DigitsCaptions, DigitsVQA, load_digits
 from mmpeft.data.samples import check_sample, media_parts, question_text
 from mmpeft.errors import ConfigError, NameNotFound
 
@@ -32,6 +32,13 @@ def test_split_is_by_image_and_holds_every_digit_of_scikit_learn():
     )
     assert [len(a) + len(b) for a, b in zip(of_train, of_test, strict=True)] == np.bincount(reference.target).tolist()
     assert all(20 < len(b) < 80 for b in of_test)
+
+
+def test_recipes_are_chosen_without_the_test_images():
+    pixels = {split: [image.tobytes() for image in load_digits(split)[0]] for split in SPLITS}
+    assert pixels["fit"] + pixels["validation"] == pixels["train"] and len(pixels["validation"]) == 297
+    with pytest.raises(NameNotFound, match="validation"):
+        DigitsVQA("valid")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, tuple[str, str]] = {
     "metaworld": ("mmpeft.policies.envs.metaworld", "MetaworldEnv"),
     "babyai": ("mmpeft.policies.envs.babyai", "BabyAIEnv"),
+    "libero": ("mmpeft.policies.envs.libero", "LiberoEnv"),
     "gym": ("mmpeft.policies.envs.gym", "GymEnv"),
 }
 
@@ -58,8 +59,8 @@ def make_env(name: str, **options: Any) -> RobotEnv:
     """An environment by name.
 
     Args:
-        name: "metaworld:<task>", "babyai:<level>" or "gym:<any id Gymnasium knows>".
-        options: those of the family: `MetaworldEnv`, `BabyAIEnv`, `GymEnv`; common to all are `views`, `image_size`,
+        name: "metaworld:<task>", "babyai:<level>", "libero:<suite>/<task>" or "gym:<any id Gymnasium knows>".
+        options: those of the family: `MetaworldEnv`, `BabyAIEnv`, `LiberoEnv`, `GymEnv`; common to all are `views`, `image_size`,
             `max_steps`, `full_state`, and `noise` and `shift` (a dict or a dataclass of `views.py`).
 
     Raises:

@@ -1,0 +1,157 @@
+"""Adapting the 24-task policy with 10 demonstrations: to another world's looks, and to two tasks it never saw.
+
+    python -m benchmarks.metaworld_multitask --only conv  # first: makes the policy of each training seed
+    python -m benchmarks.metaworld_adaptation
+    python -m benchmarks.metaworld_adaptation --table
+
+The 24-task policy is baked into the base, so that "adapters off" is that policy. Four ways to learn the new: `lora`, `conv`
+(with LoRA in the trunk), `full` (a copy of every weight), `scratch` (a new policy from the 10 demonstrations). Each is
+scored on the new, on the old 24 tasks with what it learned switched on, and on the old with it switched off, where it can be:
+full fine-tuning as everybody does it overwrites the policy, so its old is the one switched on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from benchmarks.metaworld_rows import (
+    BLOCKS,
+    RESULTS,
+    RUNS,
+    WHOLE,
+    Row,
+    arguments,
+    clone,
+    evaluate,
+    pooled,
+    read,
+    run,
+    scores,
+    sizes,
+    train,
+)  # fmt: skip
+from mmpeft.policies.envs.sentences import VISION_TASKS
+
+OUT = RESULTS / "metaworld_adaptation.jsonl"
+LOOKS = (("camera", 0.08), ("light", 0.4), ("colour", 0.4), ("seed", 5.0))  # one other world, all three together
+NEW: dict[str, tuple[tuple[str, ...], tuple[tuple[str, float], ...]]] = {
+    "shifted": (("push-v3", "pick-place-v3", "coffee-pull-v3", "reach-v3"), LOOKS),
+    "sweep-into": (("sweep-into-v3",), ()),
+    "dial-turn": (("dial-turn-v3",), ()),
+}
+ARMS = ("lora", "conv", "full", "scratch")
+OLD_EPISODES = 5  # a task
+
+
+def plan_of(arm: str) -> dict[str, Any]:
+    """What the new adapter trains; `scratch` starts from nothing and is a policy of its own."""
+    import mmpeft
+
+    trunk = {
+        "trunk.connector.{project,narrow.*}": mmpeft.LoRA(rank=16, alpha=16), "trunk.mlp.*": mmpeft.LoRA(rank=16, alpha=16),
+        "trunk.state": mmpeft.LoRA(rank=4, alpha=4), "trunk.text": mmpeft.LoRA(rank=16, alpha=16),
+        "head.to_actions.linear": mmpeft.LoRA(rank=16, alpha=16),
+    }  # fmt: skip
+    return {
+        "lora": trunk | {f"{BLOCKS}.{{3,4}}.*.{{conv_pw,conv_pwl}}": mmpeft.LoRA(rank=16, alpha=16)},
+        "conv": trunk | {f"{BLOCKS}.{{3,4}}.*": mmpeft.ConvAdapter(size=16)},
+        "full": WHOLE | {f"{BLOCKS}.{{3,4}}": {"train": "full", "lr": 3e-4}},
+    }[arm]
+
+
+def rows() -> list[Row]:
+    return [
+        Row(
+            f"{new}/{arm}/s{seed}", tasks, arm, seed=seed, view="corner2", size=128, demonstrations=10, steps=1500, width=512,
+            episodes=20 if new == "shifted" else 50, max_steps=400, shift=looks,
+        )
+        for new, (tasks, looks) in NEW.items() for arm in ARMS for seed in (1, 2, 3)
+    ]  # fmt: skip
+
+
+def adapt(row: Row) -> dict[str, Any]:
+    """One way to learn the new, from the 24-task policy of the same training seed."""
+    if row.arm == "scratch":
+        return clone(row)
+    import mmpeft
+    from mmpeft.policies import load_policy
+
+    policy = load_policy(RUNS / "adapters" / f"24_conv_s{row.seed}")
+    skill = policy.current()
+    mmpeft.detach(policy, bake=True)
+    policy.skill = skill  # the statistics stay those of the 24 tasks
+    before = fingerprint(policy)
+    seconds = train(row, policy, plan_of(row.arm), adapter="new")
+    old = dataclasses.replace(
+        row, tasks=VISION_TASKS if row.episodes > 1 else row.tasks, shift=(), episodes=min(OLD_EPISODES, row.episodes)
+    )
+    found = scores(evaluate(row, policy)) | {"train_seconds": round(seconds, 1), **sizes(policy)}
+    found["old_on"] = counts(evaluate(old, policy))
+    with mmpeft.use(policy, None):
+        found["off_is_bit_identical"] = bool(torch.equal(before, fingerprint(policy)))
+        found["old_off"], found["new_off"] = counts(evaluate(old, policy)), counts(evaluate(row, policy))
+    return found
+
+
+def fingerprint(policy: Any) -> torch.Tensor:
+    """Actions on a fixed observation, on the CPU where the sums have one order."""
+    device = next(policy.parameters()).device
+    policy.cpu().eval()
+    try:
+        g = torch.Generator().manual_seed(0)
+        side = policy.image_size
+        observation = {
+            "images": torch.randint(256, (4, 1, *side, 3), generator=g).to(torch.uint8).numpy(),
+            "state": torch.rand(4, 4, generator=g).numpy(), "instruction": ["push the puck to the goal"] * 4,
+        }  # fmt: skip
+        policy.reset(4)
+        return torch.from_numpy(policy.act(observation))
+    finally:
+        policy.to(device)
+
+
+def counts(result: Any) -> list[int]:
+    return [result.successes, len(result.episodes)]
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: success on the new and on the old, and what a skill weighs."""
+    out = [
+        "| new | arm | success on the new | untouched policy on the new | old, switched on | old, switched off | kept + new | MB a skill |",
+        "|---" * 8 + "|",
+    ]
+    for new in NEW:
+        for arm in ARMS:
+            found = [x for x in lines if x["name"].startswith(f"{new}/{arm}/")]
+            if not found:
+                continue
+            on, off, untouched = (share(found, k) for k in ("old_on", "old_off", "new_off"))
+            success = sum(x["success"] for x in found) / len(found)
+            kept = on if arm == "full" else off
+            both = "-" if kept is None else f"{(success + kept) / 2:.2f}"
+            said = ["-" if v is None else f"{v:.2f}" for v in (untouched, on, off)]
+            megabytes = found[0]["bytes"] / 1e6
+            out.append(f"| {new} | {arm} | {pooled(found)} | {' | '.join(said)} | {both} | {megabytes:.2f} |")
+    return "\n".join(out)
+
+
+def share(lines: list[dict[str, Any]], key: str) -> float | None:
+    """Successes of all lines over their episodes; None where none has them."""
+    found = [x[key] for x in lines if key in x]
+    return sum(w for w, _ in found) / sum(n for _, n in found) if found else None
+
+
+def main() -> None:
+    given = arguments(__doc__).parse_args()
+    out = given.out or OUT
+    if not given.table:
+        chosen = [r for r in rows() if (not given.only or given.only in r.name) and (r.seed == 1 or not given.tiny)]
+        run(chosen, out, processes=given.processes, work=adapt, tiny=given.tiny)
+    print(table(read(out)))
+
+
+if __name__ == "__main__":
+    main()
