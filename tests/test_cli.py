@@ -1,6 +1,8 @@
 """The command line: train, ask, inspect, merge and export a tiny model from its config; wrong input is named, exit code 2."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import mmpeft
 from mmpeft import cli
@@ -188,6 +191,162 @@ def test_a_wrong_option_is_answered_with_the_nearest(place, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "has no option 'lrr'" in error and "nearest: lr" in error
     assert len(error.splitlines()) < 25  # without the list of every option there is
+
+
+def run(arguments, capsys):
+    """Exit code and stderr of a command, as the shell sees them; anything but SystemExit would be a traceback."""
+    capsys.readouterr()
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    return code, [line for line in lines if "Loading weights" not in line and "Warning" not in line]
+
+
+def digests(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix not in (".csv", ".yaml")}
+
+
+PLAN = "--model.init_args.plan"
+INIT = "--model.init_args.model.init_args"
+BAD_PLANS = {
+    "unknown method": ('[{"match": "llm.**.q_proj", "method": "LoRaa"}]', "unknown method 'LoRaa'"),
+    "unknown field": ('[{"match": "llm.**.q_proj", "method": {"LoRA": {"rnk": 3}}}]', "no field 'rnk' (nearest: rank)"),
+    "rank 0": ('[{"match": "llm.**.q_proj", "method": {"LoRA": {"rank": 0}}}]', "rank 0; expected at least 1"),
+    "rank too large": ('[{"match": "llm.**.q_proj", "method": {"LoRA": {"rank": 5000}}}]', "rank 5000 at llm.model.layers.0"),
+    "no match": ('[{"match": "llm.**.q_porj", "method": "LoRA"}]', "'llm.**.q_porj' matches no module"),
+    "trains nothing": ('[{"match": "llm.**.q_proj", "train": "frozen"}]', "trains nothing"),
+    "empty": ("[]", "the plan is empty"),
+    "no file": ("nope.yaml", "plan file 'nope.yaml' does not exist"),
+}
+BAD_VALUES = {
+    "lr": (["--model.init_args.lr=-1"], "lr must be positive, given -1"),
+    "metric": (["--model.init_args.metrics=[exact_macth]"], "unknown metric 'exact_macth'"),
+    "source": ([f"{INIT}.image.name=tim:vit"], "unknown source 'tim'"),
+    "timm name": ([f"{INIT}.image.name=timm:vit_tiny_patch16_225"], "nearest: vit_tiny_patch16_224"),
+    "hub unreachable": ([f"{INIT}.llm=hf:no/such-model"], "the hub did not give it"),
+    "no folder": ([f"{INIT}.llm=./nope"], "nope"),
+    "data file": (["--data.init_args.train.init_args.path=nope.jsonl"], "no file nope.jsonl"),
+    "checkpoint": (["--ckpt_path=nope.ckpt"], "no checkpoint 'nope.ckpt'"),
+    "adapter folder": (["--model.init_args.start_from=nope"], "holds no adapter"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_PLANS, *BAD_VALUES])
+def test_wrong_values_are_one_line_and_nothing_is_lost(place, capsys, monkeypatch, name):
+    """The parser wraps what a class refuses in pages of its own; the user sees what mmpeft said, and code 2."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = digests(place)
+    options, words = ([PLAN, BAD_PLANS[name][0]], BAD_PLANS[name][1]) if name in BAD_PLANS else BAD_VALUES[name]
+    code, lines = run(["fit", "--config", str(place / "config.yaml"), *options], capsys)
+    said = [line for line in lines if line.startswith("mmpeft: ")]
+    assert code == 2 and len(said) == 1 and words in said[0] and len(said[0]) < 1500
+    assert not any("Traceback" in line or "Union" in line for line in lines)
+    assert digests(place) == before
+
+
+TYPOS = {
+    "option": ("max_new_tokens:", "max_new_tokenz:", "has no option 'max_new_tokenz'.*nearest: max_new_tokens"),
+    "inherited option": ("lr: 0.02", "lrr: 0.02", "has no option 'lrr'.*nearest: lr"),
+    "connector": ("mmpeft.connectors.MLP", "mmpeft.connectors.MPL", "mmpeft.connectors has no 'MPL'.*nearest: MLP"),
+    "connector's option": ("depth: 1", "dept: 1", "MLP has no option 'dept'.*nearest: depth"),
+    "task": ("mmpeft.tasks.GenerationTask", "mmpeft.taks.GenerationTask", "mmpeft has no 'taks'.*nearest: tasks"),
+    "dataset": ("mmpeft.data.JsonLines", "mmpeft.data.JsonLine", "mmpeft.data has no 'JsonLine'.*nearest: JsonLines"),
+    "section": ("trainer:", "trainr:", "does not accept option 'trainr.*nearest: trainer"),
+    "YAML": ("seed_everything: 1", "seed_everything: [1, {", "parsing"),
+}
+
+
+@pytest.mark.parametrize("name", TYPOS)
+def test_typos_in_a_config_are_answered_with_the_nearest(place, capsys, name, tmp_path):
+    right, wrong, words = TYPOS[name]
+    given = (place / "config.yaml").read_text()
+    assert right in given
+    (tmp_path / "typo.yaml").write_text(given.replace(right, wrong))
+    code, lines = run(["fit", "--config", str(tmp_path / "typo.yaml")], capsys)
+    assert code == 2 and re.search(words, " ".join(lines)), lines
+    assert len(lines) < 15 and max(map(len, lines)) < 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["fit", "--config", "nope.yaml"], "does not exist"), (["fit"], "give a config: --config FILE")],
+)
+def test_a_config_that_is_not_there(capsys, arguments, words):
+    code, lines = run(arguments, capsys)
+    assert code == 2 and words in " ".join(lines) and len(lines) < 6
+
+
+def damaged(kind, folder):
+    """Damage a copy of an adapter's folder."""
+    path = folder / "adapter.safetensors"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "foreign":
+        save_file({"w": torch.zeros(2)}, path)
+    elif kind == "pickle":
+        torch.save({"w": torch.zeros(2)}, path)
+    elif kind == "another base":
+        text = json.loads((folder / "adapter.json").read_text())
+        text["base"]["fingerprint"] = "0" * 64
+        (folder / "adapter.json").write_text(json.dumps(text))
+    else:
+        (folder / "adapter.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("truncated", "truncated or no safetensors"),
+        ("foreign", "SHA-256 differs"),
+        ("pickle", "a pickle, which mmpeft never loads"),
+        ("another base", "was trained on base"),
+        ("json", "no mmpeft adapter description"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "export", "merge"])
+def test_damaged_adapters_are_refused_by_every_command(place, capsys, tmp_path, command, kind, words):
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    damaged(kind, tmp_path / "adapter")
+    rest = [QUESTION] if command == "generate" else ["--output", str(tmp_path / "out")]
+    code, lines = run([command, "--adapter", str(tmp_path / "adapter"), *rest], capsys)
+    assert code == 2 and words in lines[-1] and not (tmp_path / "out").exists()
+    if kind != "another base":  # before a model is built
+        assert len(lines) == 1
+
+
+def test_wrong_arguments_of_generate_merge_and_export(place, capsys, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    adapter = ["--adapter", str(place / "adapter")]
+    cases = [
+        (["generate", *adapter, "--image", str(tmp_path / "text.png"), QUESTION], "is no image that can be read"),
+        (["generate", *adapter, "--audio", str(place / "red.png"), QUESTION], "no audio input"),
+        (["generate", *adapter, "--max-new-tokens", "0", QUESTION], "expected at least 1"),
+        (["export", *adapter, "--module", "lllm", "--output", str(tmp_path / "x")], "no module 'lllm' (nearest: llm"),
+        (["merge", *adapter, "--output", str(place / "adapter")], "holds an adapter already"),
+        (["merge", *adapter, "--output", str(place / "config.yaml")], "is a file"),
+        (["inspect", "--adapter", str(place / "red.png")], "holds no adapter"),
+    ]
+    before = digests(place)
+    for arguments, words in cases:
+        code, lines = run(arguments, capsys)
+        assert code == 2 and words in lines[-1], (arguments, lines)
+    assert digests(place) == before and not (tmp_path / "x").exists()
+
+
+def test_a_missing_extra_is_named(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    code, lines = run(["generate", "--adapter", str(place / "adapter"), QUESTION], capsys)
+    assert code == 2 and "pip install 'mmpeft[vision]'" in lines[-1]
+
+
+def test_test_and_predict_run_a_saved_adapter(place, capsys):
+    """`test` and `predict` need data of their own splits; without them they say so, with the same they score and answer."""
+    start = ["--config", str(place / "config.yaml"), "--model.init_args.start_from", str(place / "adapter")]
+    given = yaml.safe_load((place / "config.yaml").read_text())["data"]["init_args"]["val"]
+    for command in ("test", "predict"):
+        assert cli.main([command, *start, f"--data.init_args.{command}", json.dumps(given)]) == 0
 
 
 def test_a_plan_without_a_match_is_refused_before_training(place, capsys):

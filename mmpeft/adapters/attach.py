@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters import freeze as freezing
-from mmpeft.adapters.classes import adapt, check_restorable, restore, spec_of
+from mmpeft.adapters.classes import adapt, check_restorable, reads_below, restore, spec_of
 from mmpeft.adapters.example import defer, example_of, forget
 from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.liveness import as_call, prove
@@ -21,6 +20,7 @@ from mmpeft.adapters.plan import Plan, PlanLike, Target, resolve
 from mmpeft.adapters.site import slice_rows
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import SLOT, Active, Entry, State, find_state, slots, state_of
+from mmpeft.adapters.wrapped import is_sharded, unwrap
 from mmpeft.errors import ConfigError, Unsupported
 
 log = logging.getLogger("mmpeft")
@@ -45,8 +45,12 @@ def attach(
         NameNotFound: a pattern that matches nothing.
         ConfigError: a name that is taken, a rank larger than its matrix, a plan that trains nothing.
         DeadSite: the model never uses a site.
+        Unsupported: the model is inside DistributedDataParallel already, which would not know the adapter's tensors.
     """
     plan = Plan.read(plan)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise Unsupported("this model is in DistributedDataParallel already: attach first, then wrap")
+    outer, model = model, unwrap(model)
     state = find_state(model) or State()
     if not name or not name.replace("-", "_").isidentifier():
         raise ConfigError(f"adapter name {name!r}; expected letters, digits, '-' and '_', not starting with a digit")
@@ -80,7 +84,7 @@ def attach(
         if find_state(model) is not None:  # else the first site's init refused, and nothing is on the model yet
             detach(model, name)
         raise
-    return model
+    return outer
 
 
 def full_paths(model: nn.Module, plan: Plan) -> set[str]:
@@ -101,7 +105,7 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
     by_rule: dict[int, list[Target]] = {}
     for target in targets:
         by_rule.setdefault(target.rule, []).append(target)
-    tied = _tied(model, targets)
+    tied, modules = _tied(model, targets), dict(model.named_modules(remove_duplicate=False))
     for target in targets:
         owner, site, method = target.owner, target.site, target.method
         context = Context(model, owner, shared, tuple(t.site for t in by_rule[target.rule] if t.method == method))
@@ -109,7 +113,7 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
         if site.layout is not None:
             with bare(model), torch.no_grad():
                 stored = getattr(owner, site.tensor)
-                if isinstance(stored, DTensor):
+                if is_sharded(stored):
                     raise Unsupported(f"{site.name} is sharded already; attach first, then fully_shard")
                 base = slice_rows(site.layout.to_matrix(stored), site.rows)
         delta = Delta(method, site, method.init(site, base, context), target.rule)
@@ -123,6 +127,9 @@ def _insert(model: nn.Module, state: State, plan: Plan, targets: list[Target], n
             raise ConfigError(f"two {method.name} at {site.name} in one adapter; give the second to another adapter")
         group[key] = delta
         adapt(owner, frozenset([site.tensor] if site.layout is not None else []), wraps=site.layout is None)
+        for reader in _readers(modules, site.path):
+            _slot(reader, state)
+            adapt(reader, frozenset(), wraps=False)
         for other, tensor in tied.get((id(owner), site.tensor), []):
             _slot(other, state).follows[tensor] = (owner, site.tensor)
             adapt(other, frozenset([tensor]), wraps=False)
@@ -137,6 +144,13 @@ def _slot(owner: nn.Module, state: State) -> Slot:
         owner._modules[SLOT] = slot  # add_module would ask `hasattr`, which containers answer with their own items
     assert isinstance(slot, Slot)
     return slot
+
+
+def _readers(modules: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
+    """The modules above `path` whose forward reads its weight."""
+    parts = path.split(".")
+    above = [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts))]
+    return [modules[p] for p, rest in above if rest in reads_below(spec_of(type(modules[p]))[0])]
 
 
 def _tied(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], list[tuple[nn.Module, str]]]:
@@ -220,7 +234,7 @@ def _bake(model: nn.Module, state: State) -> None:
         for _, owner, slot in slots(model):
             for tensor in {d.site.tensor for _, d in slot.deltas()}:
                 stored = owner._parameters.get(tensor)
-                if isinstance(stored, DTensor):
+                if is_sharded(stored):
                     raise Unsupported(f"bake=True: {type(owner).__name__}.{tensor} is sharded; gather the model first")
                 if stored is None:
                     raise Unsupported(

@@ -19,13 +19,11 @@ from torch import nn
 import mmpeft.adapters
 from mmpeft.adapters.inspect import tensors_of
 from mmpeft.adapters.method import REGISTRY, Method
-from mmpeft.adapters.peft import values as peft_values
-from mmpeft.adapters.peft import write as peft_write
+from mmpeft.adapters.peft.table import files as peft_files
 from mmpeft.adapters.plan import Plan, resolve
 from mmpeft.errors import MmpeftError
 
 WIDTH = 768
-PEFT_FILES = (*peft_write.WEIGHT_METHODS, *peft_values.METHODS, "prompt_tuning")
 
 
 PREAMBLE = (
@@ -44,7 +42,6 @@ class Other:
 
 
 OTHERS = (
-    Other("LoRA+", '`LoRA(lr_ratio=16)`; the survey\'s "LoRA++"'),
     Other("rsLoRA", "`LoRA(rslora=True)`"),
     Other("PiSSA", '`LoRA(init_from="pissa")`'),
     Other("OLoRA", '`LoRA(init_from="olora")`'),
@@ -52,7 +49,7 @@ OTHERS = (
     Other("LoRA variants that are plain LoRA (LLaMA-Reviewer, personalised LoRA, LAPT)", "`LoRA` in a plan"),
     Other("LayerNorm tuning (LNFit, LN-Tune, Norm-Tuning)", "`LayerNormTuning`"),
     Other("DiffFit", "a plan: `BitFit`, `LayerNormTuning`, and `RED` for the gain of a block"),
-    Other("Xattn tuning", 'a plan: `{"decoder.**.{encoder_attn,cross_attn}": "full"}` and the new embeddings `"full"`'),
+    Other("Xattn tuning", "`cross_attention_plan`: every cross-attention and, if wanted, the embeddings, trained whole"),
     Other("Linear probing, head-tuning, Partial-1, FT-Top2, decoder-only", 'a plan: `"full"` for the part'),
     Other("Relative-bias tuning, bias tuning of detectors", 'a plan: `"full"` for the tables, or `BitFit`'),
     Other("Child-Tuning_F", "`ChildMask`, called between backward and step; the survey says gradient norms"),
@@ -69,12 +66,37 @@ OTHERS = (
     Other("MagPruning", '`Sparse(criterion="magnitude")`'),
     Other("SURM's Kronecker form", "`KronA`"),
     Other("Generic selective rule", "`Sparse` with any criterion of `criteria.py`"),
-    Other("Adafish", "an optimizer (low-rank PEFT with a second-order preconditioner), not a selection of weights"),
-    Other("GaLore, Natural GaLore", "an optimizer for full training: it has no adapter"),
+    Other("Adafish", "`mmpeft.tasks.AdaFish`, a second-order optimizer for low-rank factors; the survey says selection"),
+    Other("GaLore, Natural GaLore", "`mmpeft.tasks.GaLore` and `mmpeft.tasks.NaturalGaLore`, optimizers for `\"full\"`"),
+    Other("FISH-IRD", "`fish_ird`, which attaches a `FishMask`; what the survey cites for FISH Mask"),
+    Other("U-MaM", "`prune_entries` on a plan of `Prefix` and `AdaptFormer`, the two parts of MaM"),
+    Other("S-MaM", "`prune_units` on the same plan: tokens and units, with real compaction"),
+    Other("SM3, SpIEL-MA's optimizer", "`SM3`; `spiel_ma_step` moves the places"),
+    Other("IST", "`LayerSampler`, or the callback `mmpeft.tasks.LayerSampling`: layers, not parameters"),
+    Other("ReLoRA's regime", "`restart` and `Jagged`, or the callback `mmpeft.tasks.ReLoRARestart`"),
+    Other("Trans-LoRA", "`TransLoRA`: synthetic data, a discriminator, distillation; the survey says new domains"),
+    Other("LLM-Pruner", "`structures`, `score_structures` and `prune_structures` before attaching; then LoRA recovers"),
+    Other("LoRAShear", "`LHSPG` on the `shear_plan` of a model's `structures`; `cut` removes what is gone"),
+    Other("Light-PEFT", "`StructuredMask` and `mask_l1`, then `prune_masks`, `prune_modules` and `prune_units`"),
+    Other("APT's controller", "`APTController`, `apt_distill`"),
+    Other("FLOP's gates", "`FLOPGates`, then `compact`"),
+    Other("DEFT", "`Density`, a loss on activations beside any adapter; not HF PEFT's deft"),
+    Other("LoRA task arithmetic", "`use` with a mapping of adapters to weights"),
+    Other("MC dropout, ensembles", "`mask_ensemble`; several adapters of one model and `use` for the others"),
+    Other("LoRA+ of the bi-encoder ranker", "the survey's source could not be verified; not `LoRA(lr_ratio=16)`"),
+    Other("QAT", "`LRQAT`, whose rounding and step are trained with a straight-through gradient"),
+    Other("Adaptive precision scaling", "a strategy without a definition; `plan_bits` chooses bits once"),
+    Other("Layer-wise adapter pruning", "`drop_sites`, `prune_modules`"),
+    Other("NAS-driven sparsity", "a search around `prune_units` and `place`; the survey gives no controller"),
+    Other("FwdLLM", "`mmpeft.tasks.FwdLLM`, an optimizer: as many perturbed forwards as the variance asks for"),
+    Other("Low-power graph", "`merge` and `detach(bake=True)` before inference"),
+    Other("IPA", "a second language model trained by reinforcement, multiplied in at decoding; no adapter of weights"),
     Other("LLMEmbed", "feature extraction and a classifier; no PEFT"),
     Other("PHNN", "an architecture trained from scratch; its layers are what `PHMAdapter` puts in a bottleneck"),
     Other("SVD and tensor decompositions", '`LoRA(init_from="pissa")`, `LoRAXS`, `FacTTT`'),
-    Other("Weight decay, RecAdam, R3F, Mixout", "regularised full tuning; no adapter"),
+    Other("Weight decay", 'a plan: `"full"` in a rule with a weight decay'),
+    Other("RecAdam", "`mmpeft.tasks.RecAdam`, an optimizer that pulls towards its start"),
+    Other("R3F", "`r3f`, a penalty on the outputs under noise"),
     Other(
         "AdaLoRA's budget, SoRA's proximal step, DyLoRA's draw, IncreLoRA's growth", "policies of a `RankController`"
     ),
@@ -121,7 +143,7 @@ def row(cls: type[Method]) -> tuple[str, ...]:
         {"weight": cls.space}.get(cls.kind, cls.kind),
         "yes" if cls.kind == "weight" else "no",
         "yes" if mixes(cls) else "no",
-        "both ways" if cls.name in PEFT_FILES else "",
+        peft_files(cls.name),
     )
 
 

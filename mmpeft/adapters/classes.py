@@ -16,19 +16,29 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.forward import Op, run, stock_op
 from mmpeft.adapters.freeze import set_modes
-from mmpeft.adapters.slot import Slot
+from mmpeft.adapters.slot import Slot, one_call
 from mmpeft.adapters.state import SLOT
 from mmpeft.errors import Unsupported
 
 Spec = tuple[type[nn.Module], frozenset[str], bool, bool]
 _GENERATED: dict[Spec, type[nn.Module]] = {}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Stock modules that read the weights of modules below them, some several times: within their call W' is formed once.
+_READS_BELOW: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("self_attn", "self_attn.out_proj", "linear1", "linear2"),
+}
 
 
 def adapt(owner: nn.Module, tensors: frozenset[str], wraps: bool, root: bool = False) -> None:
     """Swap the class of `owner`: `tensors` get properties, `wraps` runs call methods, `root` guards `train()`."""
     cls, old_tensors, old_wraps, old_root = spec_of(type(owner))
     owner.__class__ = _generate(cls, tensors | old_tensors, wraps or old_wraps, root or old_root)
+
+
+def reads_below(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Paths, from a module of this class, of the modules whose weights its own forward reads."""
+    return next((paths for reader, paths in _READS_BELOW.items() if issubclass(cls, reader)), ())
 
 
 def check_restorable(owner: nn.Module) -> None:
@@ -76,7 +86,7 @@ def _make(cls: type[nn.Module], tensors: frozenset[str], wraps: bool, root: bool
     if issubclass(cls, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
     op = stock_op(cls) if "weight" in tensors else None
-    if op is not None or wraps or tensors:
+    if op is not None or wraps or tensors or reads_below(cls):
         body["forward"] = _forward(cls, op, wraps)
     if issubclass(cls, _CONTAINERS):
         body |= _container(cls)
@@ -114,11 +124,14 @@ def _property(cls: type[nn.Module], name: str) -> property:
 
 
 def _forward(cls: type[nn.Module], op: Op | None, wraps: bool) -> Any:
+    below = reads_below(cls)
+
     @wraps_function(cls.forward)  # transformers reads argument names off forward
     def plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if op is not None and len(args) + len(kwargs) == 1 and kwargs.keys() <= {"input"} and op.fits(self):
             return run(self, op, args[0] if args else kwargs["input"])
-        with cast(Slot, self._modules[SLOT]).one_call():
+        readable = [self, *(self.get_submodule(path) for path in below)]
+        with one_call([cast(Slot, m._modules[SLOT]) for m in readable if SLOT in m._modules]):
             return cls.forward(self, *args, **kwargs)
 
     @wraps_function(cls.forward)

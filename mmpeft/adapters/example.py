@@ -13,21 +13,52 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.liveness import prove
+from mmpeft.adapters.probe import as_call
+from mmpeft.errors import ConfigError
 
 BATCH = 2
 
 
-def example_of(model: nn.Module) -> Any:
-    """An input `model` can be called with (arguments as in `attach(example=)`), or None if nothing tells its shape."""
+def example_of(model: nn.Module, *, device: torch.device | None = None) -> Any:
+    """An input `model` can be called with (arguments as in `attach(example=)`), or None if nothing tells its shape.
+
+    Args:
+        device: None is the model's own.
+    """
     own = getattr(model, "example_inputs", None)
     if callable(own):
         return own()
-    device, dtype = _place(model)
+    place, dtype = _place(model)
     for knows, make in _SOURCES:
         if knows(model):
             made = make(model)
-            return None if made is None else _to(made, device, dtype)
+            return None if made is None else _to(made, device or place, dtype)
     return None
+
+
+LENGTHENED = ("input_ids", "decoder_input_ids", "attention_mask", "input_values")  # [B, T] of any T
+
+
+def resized(example: Any, *, batch: int | None = None, length: int | None = None) -> Any:
+    """The shapes of an example, but for `batch` samples, and `length` tokens (or audio samples) where that is free.
+    Floating inputs are on the meta device, as for `inspect`, which asks for their shapes only.
+
+    Raises:
+        ConfigError: no input has a free length.
+    """
+    args, kwargs = as_call(example)
+    if length is not None and not set(kwargs) & set(LENGTHENED):
+        raise ConfigError(f"length {length}, but this model's inputs have fixed shapes")
+
+    def change(name: str, t: Tensor) -> Tensor:
+        longer = length is not None and name in LENGTHENED
+        shape = [batch or t.shape[0], length if longer else t.shape[1], *t.shape[2:]]
+        if t.is_floating_point():
+            return t.new_empty(shape, device="meta")
+        return t.new_ones(shape) if longer else t[:1].expand(*shape).contiguous()
+
+    made = {k: change(k, v) for k, v in kwargs.items()}
+    return made if made else tuple(change("", a) for a in args)
 
 
 class _FirstBatch:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.slot import Slot
+from mmpeft.adapters.wrapped import class_name, plain_path, unwrap, whole
 
 SAMPLE = 64
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of the base, by path, without any adapter."""
+    """Parameters and persistent buffers of the base, by path (wrappers left out), without any adapter."""
     found: dict[str, Tensor] = {}
     inside = tuple(path + "." for path, m in model.named_modules() if isinstance(m, Slot))
     for path, module in model.named_modules(remove_duplicate=False):
@@ -28,7 +29,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         own = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **own}.items():
             if tensor is not None:
-                found[f"{path}.{name}" if path else name] = tensor
+                found[plain_path(f"{path}.{name}" if path else name)] = tensor
     return found
 
 
@@ -44,7 +45,7 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
             continue
         if tensor.is_meta:
             return ""
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = whole(tensor)
         digest.update(f"{name} {tuple(full.shape)}\n".encode())
         if full.numel() and (
             full.is_floating_point() or full.dtype in (torch.int64, torch.int32, torch.uint8, torch.int8)
@@ -62,9 +63,10 @@ def _sample(t: Tensor) -> Tensor:
 
 def model_name(model: nn.Module) -> str:
     """The base's own name: its hub id or folder, its timm architecture, else its class."""
+    model = unwrap(model)
     for value in (getattr(model, "name_or_path", None), (getattr(model, "pretrained_cfg", None) or {})):
         if isinstance(value, str) and value:
             return value
         if isinstance(value, dict) and value.get("architecture"):
             return str(value["architecture"])
-    return type(model).__name__
+    return class_name(model)

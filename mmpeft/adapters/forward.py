@@ -4,8 +4,9 @@
     y = row * (W (col * x) + s B A x) + b  one scaled update a row range (DoRA, IA3)
 
 One `Op` per layer type says how to run the frozen call, the shrink to rank r and the expansion; everything else is
-shared. Convolutions shrink with their own geometry (stride, dilation, padding mode) and expand 1x1; grouped ones, whose
-A would have to differ by group, and embeddings that renormalise in place, are left to the materialised plan.
+shared. A linear's whole call is one operator of `mmpeft.kernels` where that is faster. Convolutions shrink with their
+own geometry (stride, dilation, padding mode) and expand 1x1; grouped ones, whose A would have to differ by group, and
+embeddings that renormalise in place, are left to the materialised plan.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from mmpeft.adapters.slot import Part, Slot
 from mmpeft.adapters.stack import Piece, pieces_of
 from mmpeft.adapters.state import SLOT, Active
+from mmpeft.adapters.storage.packed_weight import PackedWeight
 from mmpeft.errors import ConfigError, Unsupported
+from mmpeft.kernels import Update, add_grouped, lowrank_updates, worth_fusing
+from mmpeft.kernels.quantised import FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Op:
     drops: bool = True  # has an activation to drop
     mixes: bool = False  # may run rows= of a batch
     fits: Callable[[Any], bool] = lambda owner: True
+    matrix: Callable[[Tensor], Tensor] | None = None  # the stored weight as [out, in], where the call is x W^T + b
 
 
 def stock_op(cls: type[nn.Module]) -> Op | None:
@@ -69,12 +74,46 @@ def run(owner: nn.Module, op: Op, x: Tensor) -> Tensor:
     start, parts = found
     if state.probing and parts:
         slot.runs["weight"] = slot.runs.get("weight", 0) + 1
+    if op.matrix is not None and (y := _fused(x, op.matrix(start), bias, parts)) is not None:
+        return y
     if all(p.factors.additive for p in parts):
         y = op.base(owner, x, start, bias)
         for part in parts:
             y = _add(y, _low_rank(owner, op, x, part), part, op.axis)
         return y
     return _scaled(owner, op, x, start, bias, parts)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Part]) -> Tensor | None:
+    """The whole call as one operator of `mmpeft.kernels`; None where torch's own are to run (no GPU, a size at which
+    they are faster, column factors)."""
+    if not parts or any(p.factors.col is not None for p in parts):
+        return None
+    if isinstance(weight, PackedWeight) and x.numel() <= FEW_ROWS * x.shape[-1]:
+        return None  # so few rows multiply by the packed weight directly
+    low_rank = [p for p in parts if p.factors.A is not None and p.factors.B is not None]
+    updates = [Update(p.factors.A, p.factors.B, p.scale, p.start, _dropout(p)) for p in low_rank]  # type: ignore[arg-type]
+    row = _whole_row(parts, weight.shape[0])
+    if not worth_fusing(x, weight, updates, row):
+        return None
+    seed = torch.randint(2**31, (1,), device=x.device) if any(u.dropout for u in updates) else None
+    return lowrank_updates(x, weight, bias, updates, row=row, seed=seed)
+
+
+def _dropout(part: Part) -> float:
+    return part.delta.method.dropout if part.delta is not None and part.delta.training else 0.0
+
+
+def _whole_row(parts: list[Part], out: int) -> Tensor | None:
+    """One factor a row of the weight, 1 where no part has one; None where none has any."""
+    pieces, edge = [], 0
+    for part in sorted((p for p in parts if p.factors.row is not None), key=lambda p: p.start):
+        row = cast(Tensor, part.factors.row)
+        pieces += [row.new_ones(part.start - edge), row]
+        edge = part.stop
+    if not pieces:
+        return None
+    return torch.cat([*pieces, pieces[-1].new_ones(out - edge)]) if len(pieces) > 2 or edge < out else pieces[1]
 
 
 def _refuse_dropout(slot: Slot, active: Active) -> None:
@@ -89,9 +128,9 @@ def _refuse_dropout(slot: Slot, active: Active) -> None:
 
 def _low_rank(owner: nn.Module, op: Op, x: Tensor, part: Part) -> Tensor:
     """scale * B A drop(x), in x's dtype (autocast decides under autocast)."""
-    f, delta = part.factors, part.delta
+    f = part.factors
     assert f.A is not None and f.B is not None
-    if delta is not None and delta.training and (p := delta.method.dropout):
+    if p := _dropout(part):
         x = F.dropout(x, p)
     dtype = x.dtype if x.is_floating_point() else owner._parameters["weight"].dtype  # type: ignore[union-attr]
     B = f.B if part.scale == 1 else f.B * part.scale
@@ -108,24 +147,32 @@ def _add(y: Tensor, update: Tensor, part: Part, axis: int) -> Tensor:
 
 def _scaled(owner: nn.Module, op: Op, x: Tensor, start: Tensor, bias: Tensor | None, parts: list[Part]) -> Tensor:
     """Row and column scales; the bias is added after them, as in the layer itself."""
-    y = op.base(owner, x, start, None)
-    pieces, edge = [], 0
-    for part in sorted(parts, key=lambda p: p.start):
-        f = part.factors
-        pieces.append(y.narrow(op.axis, edge, part.start - edge))
-        z = y.narrow(op.axis, part.start, part.stop - part.start)
-        if f.col is not None:
-            z = op.base(owner, x * f.col.to(x.dtype), start, None)
-            z = z.narrow(op.axis, part.start, part.stop - part.start)
-        if f.A is not None:
-            z = z + _low_rank(owner, op, x, part).to(z.dtype)
-        if f.row is not None:
-            z = z * _along(f.row, z, op.axis)
-        pieces.append(z)
-        edge = part.stop
-    pieces.append(y.narrow(op.axis, edge, y.shape[op.axis] - edge))
-    y = torch.cat([p for p in pieces if p.shape[op.axis]], op.axis)
+    assert op.matrix is not None
+    out = op.matrix(start).shape[0]
+    if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, out):
+        y = _scaled_rows(owner, op, x, start, None, parts[0])
+    else:
+        y = op.base(owner, x, start, None)
+        pieces, edge = [], 0
+        for part in sorted(parts, key=lambda p: p.start):
+            pieces += [y.narrow(op.axis, edge, part.start - edge), _scaled_rows(owner, op, x, start, y, part)]
+            edge = part.stop
+        pieces.append(y.narrow(op.axis, edge, out - edge))
+        y = torch.cat([p for p in pieces if p.shape[op.axis]], op.axis)
     return y if bias is None else y + _along(bias, y, op.axis)
+
+
+def _scaled_rows(owner: nn.Module, op: Op, x: Tensor, start: Tensor, y: Tensor | None, part: Part) -> Tensor:
+    """The rows of one update; `y` is the frozen call without bias, where it has been made for other rows."""
+    f = part.factors
+    if f.col is not None:
+        y = op.base(owner, x * f.col.to(x.dtype), start, None)
+    elif y is None:
+        y = op.base(owner, x, start, None)
+    z = y.narrow(op.axis, part.start, part.stop - part.start)
+    if f.A is not None:
+        z = z + _low_rank(owner, op, x, part).to(z.dtype)
+    return z if f.row is None else z * _along(f.row, z, op.axis)
 
 
 def _along(v: Tensor, y: Tensor, axis: int) -> Tensor:
@@ -170,6 +217,11 @@ def _gathered(
     spread = (1,) * (x.ndim - 2)  # [B, n] -> [B, 1.., n]
     y = op.base(owner, x, start, None)
     for p in pieces:
+        if p.A is not None and p.B is not None and p.row is None and p.col is None and x.dtype == y.dtype:
+            part = y.narrow(-1, p.start, p.stop - p.start)
+            z = add_grouped(part, x, p.A[:-1], p.B[:-1], index)  # the last of a stack is the base
+            y = z if z.shape == y.shape else y if z is part else _put(y, z, p)
+            continue
         z = y.narrow(-1, p.start, p.stop - p.start)
         if p.col is not None:
             scaled = x * p.col.to(x.dtype)[index].view(len(x), *spread, -1)
@@ -179,11 +231,16 @@ def _gathered(
             z = z + torch.bmm(s, p.B.to(x.dtype)[index].mT).view_as(z)
         if p.row is not None:
             z = z * p.row.to(z.dtype)[index].view(len(x), *spread, -1)
-        y = torch.cat([y.narrow(-1, 0, p.start), z, y.narrow(-1, p.stop, y.shape[-1] - p.stop)], -1)
+        y = _put(y, z, p)
     if biases is None:
         return y
     b = (biases[index] if len(biases) > 1 else biases).to(y.dtype)
     return y + b.view(len(b), *spread, -1)
+
+
+def _put(y: Tensor, z: Tensor, p: Piece) -> Tensor:
+    """y with its channels [start, stop) replaced by z."""
+    return torch.cat([y.narrow(-1, 0, p.start), z, y.narrow(-1, p.stop, y.shape[-1] - p.stop)], -1)
 
 
 def _indexed_rows(owner: nn.Module, op: Op, x: Tensor, base: Tensor) -> Tensor:
@@ -237,8 +294,8 @@ def _rank_linear(owner: Any, x: Tensor, M: Tensor) -> Tensor:
     return F.linear(x, M)
 
 
-_LINEAR = Op(_linear, _rank_linear, _rank_linear, mixes=True)
-_HF_CONV1D = Op(_hf_conv1d, _rank_linear, _rank_linear, mixes=True)
+_LINEAR = Op(_linear, _rank_linear, _rank_linear, mixes=True, matrix=lambda W: W)
+_HF_CONV1D = Op(_hf_conv1d, _rank_linear, _rank_linear, mixes=True, matrix=lambda W: W.mT)
 _CONV = Op(_conv, _conv_shrink, _conv_expand, axis=1, scales=False, fits=lambda m: m.groups == 1)
 _EMBEDDING = Op(
     _embedding,

@@ -13,6 +13,7 @@ from torch import nn
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import find_state
+from mmpeft.adapters.wrapped import INNER
 
 TRAINED_PATHS = "_mmpeft_trained_paths"
 
@@ -54,7 +55,7 @@ def _set(module: nn.Module, mode: bool, path: str, trained: set[str], follows: b
     checkpoints = bool(getattr(module, "gradient_checkpointing", False))
     module.training = mode and ((follows and not statistics) or checkpoints)
     for name, child in module.named_children():
-        below = f"{path}.{name}" if path else name
+        below = path if name in INNER else f"{path}.{name}" if path else name
         _set(child, mode, below, trained, follows or below in trained)
 
 

@@ -7,8 +7,8 @@ tensors in the first two, and is the third's output that of the second. Buffers,
 
 A site is dead (an error) if the module around it ran but the site took no part, unreached (a warning) if that module
 did not run on this input (an expert without tokens, the other tower), closed (a warning) if it took part but its
-gradient is exactly zero (behind a gate that starts at zero), and invariant (a log line) if its gradient is at rounding
-level (a key bias cancels in the softmax).
+gradient is exactly zero (behind a gate that starts at zero), and invariant (a log line) if its gradient is rounding
+error and no more (a key bias cancels in the softmax): tiny beside the others', and another one when it is taken again.
 
 The same runs answer three more questions: dropout where a weight is only read (refused), what W + delta loses in bf16
 or fp16 (a warning), and whether the batch is the first axis of each site's input (for `use(rows=)`).
@@ -17,7 +17,7 @@ or fp16 (a warning), and whether the batch is the first axis of each site's inpu
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.probe import Call, as_call, noise, put_back, scalar, seed, tensors_in, twins
-from mmpeft.adapters.site import slice_rows
+from mmpeft.adapters.rounding import few, incoherent, rounding_unit, warn_rounding
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.state import slots, state_of
-from mmpeft.errors import ConfigError, DeadSite
+from mmpeft.errors import ConfigError, DeadSite, MmpeftError
 
-__all__ = ["as_call", "prove", "tensors_in", "warn_rounding"]
+__all__ = ["as_call", "prove", "tensors_in"]
 
 log = logging.getLogger("mmpeft")
 
@@ -75,20 +75,44 @@ def prove(model: nn.Module, name: str, call: Call) -> None:
 
     Raises:
         DeadSite: naming the dead sites and the mode in which they are dead.
-        ConfigError: dropout at a site whose weight is only read.
+        ConfigError: dropout at a site whose weight is only read; an adapter whose shapes do not fit the tensors there.
     """
     places = [Place(path, owner, slot, d) for path, owner, slot in slots(model) for _, d in slot.deltas((name,))]
     state = state_of(model)
     with noise(place.delta for place in places) as without, put_back(model), torch.enable_grad():
-        runs = {mode: _run(model, places, mode, call) for mode in (TRAIN, EVAL, NO_GRAD)}
+        try:
+            runs = {mode: _run(model, places, mode, call) for mode in (TRAIN, EVAL, NO_GRAD)}
+        except Exception as error:  # whatever a method or the model's own code raises
+            _refuse_misfit(model, name, places, call, error)
+            raise
+        invariant = _invariant(model, places, call, runs[EVAL])
         if _differ(runs[EVAL].output, runs[NO_GRAD].output):
-            runs[NO_GRAD].dead |= _without_effect(model, places, call, runs[NO_GRAD].output, without)
+            effective = [p for p in places if p.name not in invariant | runs[EVAL].closed]
+            runs[NO_GRAD].dead |= _without_effect(model, effective, call, runs[NO_GRAD].output, without)
         _watch_rows(model, places, call)
     state.seen.clear()
-    _report(name, runs)
+    _report(name, runs, invariant)
     _refuse_dropout(places, runs[TRAIN])
     read = {site for run in runs.values() for site in run.read}
     warn_rounding(name, [(place.owner, place.delta) for place in places if place.name in read])
+
+
+def _refuse_misfit(model: nn.Module, name: str, places: list[Place], call: Call, error: Exception) -> None:
+    """A call method of the wrong width fails deep in the model. If the model alone takes the example, say who it was."""
+    state = state_of(model)
+    if isinstance(error, MmpeftError):
+        return
+    before, state.bare = state.bare, True
+    try:
+        with torch.no_grad():
+            model(*call[0], **call[1])
+    except Exception:
+        return  # the example's own fault
+    finally:
+        state.bare = before
+    methods = few({f"{place.delta.method.name} at {place.name}" for place in places})
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    raise ConfigError(f"adapter {name!r} does not fit what the model computes there ({methods}): {reason}") from error
 
 
 def _run(model: nn.Module, places: list[Place], mode: str, call: Call) -> Run:
@@ -132,10 +156,10 @@ def _run(model: nn.Module, places: list[Place], mode: str, call: Call) -> Run:
     return run
 
 
-def _report(name: str, runs: Mapping[str, Run]) -> None:
+def _report(name: str, runs: Mapping[str, Run], invariant: set[str]) -> None:
     dead = {mode: run.dead for mode, run in runs.items() if run.dead}
     if dead:
-        lines = [f"  in {mode}: {_few(sites, 6)}" for mode, sites in dead.items()]
+        lines = [f"  in {mode}: {few(sites, 6)}" for mode, sites in dead.items()]
         raise DeadSite(
             f"adapter {name!r} would train nothing at some sites, because the model does not use them\n"
             + "\n".join(lines)
@@ -143,17 +167,22 @@ def _report(name: str, runs: Mapping[str, Run]) -> None:
         )
     unreached = set.intersection(*(run.unreached for run in runs.values()))
     if unreached:
-        log.warning("%d sites of adapter %r were not reached by the example: %s", len(unreached), name, _few(unreached))
+        log.warning("%d sites of adapter %r were not reached by the example: %s", len(unreached), name, few(unreached))
     closed = set.intersection(*(runs[mode].closed for mode in (TRAIN, EVAL)))
     if closed:
         log.warning(
-            "%d sites of adapter %r have a gradient of exactly zero on the example: %s", len(closed), name, _few(closed)
+            "%d sites of adapter %r have a gradient of exactly zero on the example: %s", len(closed), name, few(closed)
         )
-    sizes = runs[EVAL].size
-    median = sorted(sizes.values())[len(sizes) // 2] if sizes else 0.0
-    invariant = [site for site, size in sizes.items() if size < 1e-6 * median and site not in closed]
     if invariant:
-        log.info("the output does not depend on %d sites of adapter %r: %s", len(invariant), name, _few(invariant))
+        log.info("the output does not depend on %d sites of adapter %r: %s", len(invariant), name, few(invariant))
+
+
+def _invariant(model: nn.Module, places: list[Place], call: Call, run: Run) -> set[str]:
+    """Sites whose gradient in eval is rounding error: a few units of the median's last place, and never the same."""
+    median = sorted(run.size.values())[len(run.size) // 2] if run.size else 0.0
+    open_sites = (p for p in places if p.name not in run.closed)
+    small = [p for p in open_sites if run.size.get(p.name, median) < 8 * rounding_unit(p.owner, p.delta) * median]
+    return incoherent(model, call, {p.name: p.delta for p in small})
 
 
 def _refuse_dropout(places: list[Place], run: Run) -> None:
@@ -165,39 +194,9 @@ def _refuse_dropout(places: list[Place], run: Run) -> None:
     }
     if read:
         raise ConfigError(
-            f"dropout at {_few(read)}: the model reads this weight without calling its module, so no activation can be "
+            f"dropout at {few(read)}: the model reads this weight without calling its module, so no activation can be "
             "dropped; set dropout=0 for this rule"
         )
-
-
-def warn_rounding(name: str, materialised: list[tuple[nn.Module, Delta]]) -> None:
-    """On a bf16 or fp16 base, say what W + delta loses where it is formed, on a delta of 1e-3 of the weight."""
-    worst: tuple[float, float, Delta] | None = None
-    found: list[str] = []
-    for owner, delta in materialised:
-        stored = owner._parameters.get(delta.site.tensor)
-        if stored is None or stored.dtype not in (torch.bfloat16, torch.float16) or delta.method.name == "full":
-            continue
-        assert delta.site.layout is not None
-        w = slice_rows(delta.site.layout.to_matrix(stored.detach()), delta.site.rows).flatten()[:65536].float()
-        small = 1e-3 * w.abs() * torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w.device)
-        kept = (w + small).to(stored.dtype).float() - w
-        error = float((kept - small).norm() / small.norm().clamp_min(1e-30))
-        lost = float(((kept == 0) & (small != 0)).float().mean())
-        found.append(delta.site.name)
-        if worst is None or error > worst[0]:
-            worst = (error, lost, delta)
-    if worst is not None:
-        log.warning(
-            "adapter %r: %d sites are formed as one weight on a half-precision base, where W + delta is rounded: of a "
-            "delta of 1e-3 of the weight, %.0f %% of the entries are lost and the error is %.0f %% of its norm (at "
-            "%s). Keep the base in float32 there, or adapt layers that are called: %s",
-            name, len(found), 100 * worst[1], 100 * worst[0], worst[2].site.name, _few(found),
-        )  # fmt: skip
-
-
-def _few(names: Collection[str], n: int = 4) -> str:
-    return ", ".join(sorted(names)[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def _followed(model: nn.Module) -> set[tuple[int, str]]:

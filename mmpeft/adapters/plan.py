@@ -28,7 +28,7 @@ from mmpeft.adapters.method import REGISTRY, Method, method_from
 from mmpeft.adapters.pattern import parse, select
 from mmpeft.adapters.site import Site, read_shape, weight_site
 from mmpeft.adapters.state import SLOT
-from mmpeft.errors import ConfigError, NameNotFound, nearest
+from mmpeft.errors import ConfigError, NameNotFound, Unsupported, nearest
 
 PlanLike = Any  # Plan, mapping, list of rules, or path
 _TRAIN = ("frozen", "full", "adapter")
@@ -163,6 +163,7 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
     Raises:
         NameNotFound: a pattern that matches nothing, or nothing its method can adapt.
         ConfigError: overlapping slices of one tensor, or a plan that trains nothing.
+        Unsupported: a method other than `full` on a bare tensor of four or more dimensions.
     """
     modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if not _in_slot(p)}
     params = {p: None for p, _ in model.named_parameters(remove_duplicate=False) if not _in_slot(p)}
@@ -182,6 +183,7 @@ def resolve(model: nn.Module, plan: Plan) -> list[Target]:
             )
         fresh: set[tuple[tuple[int, str], str | None]] = set()
         for target in found:
+            _refuse_whole(target)
             target.method.check(target.site)
             key = _identity(target)
             here = chosen.setdefault(key, {})
@@ -230,6 +232,16 @@ def _targets(
         for tensor in tensors
         for role in (roles or (None,))
     ]
+
+
+def _refuse_whole(target: Target) -> None:
+    """A tensor that has no matrix view is trained whole or not at all."""
+    layout = target.site.layout
+    if layout is not None and layout.name == "whole" and target.method.name != "full":
+        raise Unsupported(
+            f"{type(target.method).__name__} at {target.site.name} of shape {layout.shape}, which is no matrix, "
+            "convolution or expert stack; only `full` takes a tensor of any shape"
+        )
 
 
 def _identity(target: Target) -> tuple[int, str]:

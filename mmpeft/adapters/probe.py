@@ -26,18 +26,23 @@ def twins(value: Any, batch: int) -> Any:
 
 
 @contextmanager
-def noise(deltas: Iterable[Delta]) -> Iterator[dict[int, Tensor]]:
-    """Fill the trained tensors with noise: a zero factor would hide a dead partner. Yields the values before."""
+def noise(deltas: Iterable[Delta], draw: int = 0) -> Iterator[dict[int, Tensor]]:
+    """Add noise (the `draw`-th) to the trained tensors: a zero factor would hide a dead partner. Yields the values
+    before."""
     params = [p for d in deltas for n in d.trained if (p := d._parameters[n]) is not None]
-    kept = {id(p): p.detach().clone() for p in params}
-    generator = torch.Generator().manual_seed(0)
+    kept, flags = {id(p): p.detach().clone() for p in params}, [p.requires_grad for p in params]
+    generator = torch.Generator().manual_seed(draw)
     try:
+        for p in params:
+            p.requires_grad_(True)
         with torch.no_grad():
             for p in params:
                 draw = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
                 p.add_(draw * (0.02 + 0.1 * float(p.abs().mean())))
         yield kept
     finally:
+        for p, flag in zip(params, flags, strict=True):
+            p.requires_grad_(flag)
         with torch.no_grad():
             for p in params:
                 p.copy_(kept[id(p)])

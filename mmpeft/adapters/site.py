@@ -8,6 +8,7 @@ into that view and back, so a dilated grouped convolution, a packed attention pr
     conv              [out, in/groups, *k]       Conv1d/2d/3d, flattened to [out, in/groups * prod(k)]
     conv_transposed   [in, out/groups, *k]       ConvTranspose1d/2d/3d, to the same [out, in/groups * prod(k)]
     vector            [n]                        biases and norm gains, kept as they are
+    whole             any other shape            bare parameters of four dimensions and more: only `full` takes them
 
 Roles name row slices of fused weights (`[q,v]` of a qkv, `[gate]` of a gate_up).
 """
@@ -36,7 +37,7 @@ class Layout:
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the matrix view; a vector keeps its own."""
         shape = self.shape
-        if self.name == "linear" or self.name == "vector":
+        if self.name == "linear" or self.name in ("vector", "whole"):
             return shape
         if self.name == "transposed":
             return (*shape[:-2], shape[-1], shape[-2])
@@ -101,11 +102,7 @@ class Site:
 
 
 def layout_of(module: nn.Module, tensor: str, shape: tuple[int, ...]) -> Layout:
-    """The layout of `module.<tensor>`, by the module's class.
-
-    Raises:
-        Unsupported: a tensor of four or more dimensions that is not a convolution's weight.
-    """
+    """The layout of `module.<tensor>`, by the module's class."""
     if len(shape) <= 1:
         return Layout("vector", shape)
     if tensor == "weight":
@@ -117,9 +114,7 @@ def layout_of(module: nn.Module, tensor: str, shape: tuple[int, ...]) -> Layout:
     if len(shape) == 3 and getattr(module, "is_transposed", False):  # HF expert modules that store [e, in, out]
         return Layout("transposed", shape)
     if len(shape) > 3:
-        raise Unsupported(
-            f"{type(module).__name__}.{tensor} of shape {shape} is no matrix, convolution or expert stack"
-        )
+        return Layout("whole", shape)
     return Layout("linear", shape)
 
 

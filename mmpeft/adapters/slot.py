@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.method import Delta, Factors, wide
 from mmpeft.adapters.rows import join_rows, only_rows, split_rows, take_rows
 from mmpeft.adapters.site import put_rows, slice_rows
 from mmpeft.adapters.state import Active, State
+from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Slot(nn.Module):
         self.runs: dict[str, int] = {}  # liveness: how often each tensor was used factored, or the call wrapped
         self.follows: dict[str, tuple[nn.Module, str]] = {}  # tied tensors: the owner and name that carry the delta
         self.cache: dict[str, Cached] = {}  # tensor name -> W', without gradients only
-        self.kept: dict[Any, Tensor] | None = None  # W' within one call of the owner, gradients or not
+        self.kept: dict[Any, Tensor] | None = None  # W' within one call of what reads it, gradients or not
         self.stacks: dict[str, Stack] = {}  # tensor name -> all stacked adapters' updates (`mmpeft.stack`)
         self.inputs: list[tuple[int, Tensor]] = []  # liveness: (rows, summary of the first two) of each input
         self.rows_fit: bool | None = None  # whether liveness saw the batch on the first axis of this owner's input
@@ -88,7 +88,7 @@ class Slot(nn.Module):
     def effective(self, tensor: str, base: Tensor) -> Tensor:
         """W' of one tensor under the active set; `base` itself where nothing applies."""
         state = self.state
-        if state.bare or isinstance(base, DTensor):  # FSDP2 reads its shard through this property and must see it
+        if state.bare or is_sharded(base):  # FSDP2 reads its shard through this property and must see it
             return base
         if tensor in self.follows:
             owner, name = self.follows[tensor]
@@ -120,16 +120,6 @@ class Slot(nn.Module):
                 self.kept[tensor, active] = self._compose(start, deltas, active)
             return self.kept[tensor, active]
         return self._cached(tensor, start, deltas, active)
-
-    @contextmanager
-    def one_call(self) -> Iterator[None]:
-        """Within one call of the owner each W' is formed once, though MultiheadAttention reads its own three to five
-        times; a random method draws once."""
-        outer, self.kept = self.kept, {}
-        try:
-            yield
-        finally:
-            self.kept = outer
 
     def compose(self, start: Tensor, deltas: list[tuple[str, Delta]]) -> Tensor:
         """W' under some deltas, one after the other."""
@@ -179,7 +169,7 @@ class Slot(nn.Module):
         active = state.current()
         if active.base:
             return base, []
-        if isinstance(start, DTensor) or tensor in self.follows:
+        if is_sharded(start) or tensor in self.follows:
             return None
         found: list[Part] = []
         for name, weight in active.weighted():
@@ -301,6 +291,20 @@ class Cached:
         """Whether nothing changed, the value included (code that initialises in place writes to what it reads)."""
         same = self.key == key and len(sources) == len(self.sources)
         return same and all(map(operator.is_, self.sources, sources)) and self.value._version == self.version
+
+
+@contextmanager
+def one_call(slots: list[Slot]) -> Iterator[None]:
+    """Within one call of the module that reads them, each W' of these slots is formed once, though MultiheadAttention
+    reads its own three to five times; a random method draws once."""
+    before = [slot.kept for slot in slots]
+    for slot, kept in zip(slots, before, strict=True):
+        slot.kept = {} if kept is None else kept
+    try:
+        yield
+    finally:
+        for slot, kept in zip(slots, before, strict=True):
+            slot.kept = kept
 
 
 def full_precision(device: torch.device) -> Any:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.method import Factors, wide
 from mmpeft.adapters.site import Layout, put_rows, slice_rows
 from mmpeft.adapters.slot import Part, Slot, full_precision, overlap, part_of
 from mmpeft.adapters.state import Active, State, slots, state_of
+from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import ConfigError, Unsupported
 
 
@@ -206,7 +206,7 @@ def _refresh(owner: nn.Module, slot: Slot, state: State, picks: dict[torch.devic
         stored = owner._parameters.get(tensor)
         deltas = [slot.at(tensor, (name,)) for name in state.stacked]
         first = next(d for group in deltas for _, d in group)
-        if isinstance(stored, DTensor):
+        if is_sharded(stored):
             raise Unsupported(f"{first.site.name} is sharded and cannot be stacked")
         if stored is None:
             raise Unsupported(f"{first.site.name} is recomputed by its module at each forward and cannot be stacked")

@@ -151,6 +151,24 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
             yield path, module, slot
 
 
+def sites_of(model: nn.Module, kind: type[Any] | tuple[type[Any], ...], name: str | None = None) -> list[Any]:
+    """The `Delta` of every site whose method is a `kind`, of adapter `name` (None: of all).
+
+    Raises:
+        ConfigError: there is none.
+        NameNotFound: no such adapter.
+    """
+    if name is not None:
+        state_of(model).check_names([name])
+    found = [d for _, _, slot in slots(model) for _, d in slot.deltas(None if name is None else (name,))]
+    mine = [d for d in found if isinstance(d.method, kind)]
+    if not mine:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        where = "the model" if name is None else f"adapter {name!r}"
+        raise ConfigError(f"{where} has no site of {' or '.join(k.__name__ for k in kinds)}")
+    return mine
+
+
 SLOT = "_adapters"
 
 

@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters import freeze as freezing
 from mmpeft.adapters.attach import attach, detach
@@ -32,6 +31,7 @@ from mmpeft.adapters.liveness import as_call, prove
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.plan import Plan
 from mmpeft.adapters.state import Active, find_state, slots, state_of
+from mmpeft.adapters.wrapped import plain_path, unwrap, whole
 from mmpeft.errors import BaseMismatch, ConfigError, FileFormatError, NameNotFound, nearest
 
 TENSORS, DESCRIPTION, PREVIOUS = "adapter.safetensors", "adapter.json", "adapter.previous.safetensors"
@@ -43,7 +43,8 @@ def save(
 ) -> Path:
     """Write one adapter (default: the only one, or the active one) to `folder`.
 
-    Under torch.distributed every rank calls it; sharded tensors are gathered and rank 0 writes.
+    Under torch.distributed every rank calls it; sharded tensors are gathered and rank 0 writes. A model inside
+    DistributedDataParallel, FSDP2 or torch.compile is saved as the plain model it is.
 
     Args:
         metadata: JSON data kept beside the plan (normalisation statistics, metrics, ...); `read_metadata` returns it.
@@ -52,8 +53,9 @@ def save(
         ConfigError: several adapters and no name; a tensor that is not finite (nothing is written).
         NameNotFound: no such adapter.
     """
+    model = unwrap(model)
     name = _choose(model, name)
-    tensors = {key: _gather(t) for key, t in adapter_tensors(model, name).items()}
+    tensors = {key: whole(t) for key, t in adapter_tensors(model, name).items()}
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ConfigError(f"adapter {name!r} is not saved: {_few(bad)} hold NaN or infinite values")
@@ -133,7 +135,7 @@ def load(
         FileFormatError: truncated, foreign or tampered files; missing, extra, misshapen or non-finite tensors.
         BaseMismatch: the adapter was trained on another base.
     """
-    folder = Path(folder)
+    model, folder = unwrap(model), Path(folder)
     if (folder / "adapter_config.json").exists() and not (folder / DESCRIPTION).exists():
         from mmpeft.adapters.peft.format import load_peft
 
@@ -203,7 +205,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def deltas_of(model: nn.Module, name: str) -> list[tuple[str, Delta]]:
     """(owner path, Delta) of one adapter."""
-    return [(path, delta) for path, _, slot in slots(model) for _, delta in slot.deltas((name,))]
+    return [(plain_path(path), delta) for path, _, slot in slots(model) for _, delta in slot.deltas((name,))]
 
 
 def replaced(model: nn.Module, name: str) -> set[str]:
@@ -212,9 +214,10 @@ def replaced(model: nn.Module, name: str) -> set[str]:
     for path, _, slot in slots(model):
         for _, delta in slot.deltas((name,)):
             if delta.method.name == "full":
-                found.add(f"{path}.{delta.site.tensor}" if path else delta.site.tensor)
+                found.add(plain_path(f"{path}.{delta.site.tensor}" if path else delta.site.tensor))
     trained: set[str] = model.__dict__.get(freezing.TRAINED_PATHS, set())
     for path, module in model.named_modules():
+        path = plain_path(path)
         if any(path == t or path.startswith(t + ".") or not t for t in trained):
             found |= {f"{path}.{n}" if path else n for n in module._buffers}
     return found
@@ -280,10 +283,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             else "truncated or no safetensors file"
         )
         raise FileFormatError(f"{path} is {kind} ({error})") from error
-
-
-def _gather(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def _choose(model: nn.Module, name: str | None) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmpeft.adapters.classes import spec_of
 from mmpeft.adapters.forward import stock_op
@@ -20,6 +19,7 @@ from mmpeft.adapters.method import Delta
 from mmpeft.adapters.slot import Slot
 from mmpeft.adapters.stack import activate
 from mmpeft.adapters.state import Active, make_active, slots, state_of
+from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import ConfigError, Unsupported
 
 
@@ -178,7 +178,7 @@ def merge(
         )
     for path, owner, slot in slots(model):
         for name, delta in slot.deltas(chosen.names):
-            if isinstance(owner._parameters.get(delta.site.tensor), DTensor):
+            if is_sharded(owner._parameters.get(delta.site.tensor)):
                 raise Unsupported(f"{delta.site.name} is sharded; merge before fully_shard, or gather the model first")
             if delta.site.kind != "weight":
                 raise Unsupported(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
@@ -153,52 +154,90 @@ class Connector(nn.Module):
         with torch.no_grad():
             self.output_norm.weight.fill_(std)
 
-    def input_linear(self) -> nn.Linear | None:
-        """The Linear that reads the encoder's channels first (its inputs end in the channel axis), or None."""
-        return None
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        """The modules that read the encoder's channels first: Linears or affine LayerNorms; [] where it is another."""
+        return []
+
+    def first_view(self, tokens: Tensor) -> Tensor:
+        """[N, T, d_v] as those modules see it, [N, Q, C]; of a mask [N, T, 1] the mask."""
+        return tokens
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor, mask: Tensor | None = None) -> Self:
-        """Fold a per-channel standardisation of the features into the first Linear's initial weights.
+        """Fold a per-channel standardisation of the features into what reads them first, as its initial values.
 
-        With mean m and std s of a sample of features, W x + b becomes W (x - m) / s + b, written back as plain W and b:
-        no buffers, nothing to save beside the weights. A channel that (nearly) never moves would be blown up without
-        bound, so s is at least a hundredth of the root mean square of all channels' s.
+        With mean m and std s of a sample of features, a Linear W x + b becomes W (x - m) / s + b, and a LayerNorm
+        g n(x) + b, whose normalised channels n(x) have them too, becomes g (n(x) - m) / s + b: plain weights again, no
+        buffers, nothing to save beside them. A channel that (nearly) never moves would be blown up without bound, so s
+        is at least a hundredth of the root mean square of all channels' s.
 
         Args:
-            tokens: a sample of encoder tokens, [N, T, d_v] or [N, d_v].
+            tokens: a sample of encoder tokens, [N, T, d_v] (whole grids where the connector groups tokens) or [N, d_v].
             mask: [N, T] (or [N]) bool, True = valid.
 
         Raises:
-            ConfigError: this connector does not begin with a Linear, its Linear has no bias, fewer than two valid
-                tokens, features that are not finite, or an adapter already attached (calibrate before attaching).
+            ConfigError: this connector begins with neither Linear nor LayerNorm, or with one that has no bias; fewer
+                than two valid tokens, features that are not finite; published weights, which know their encoder's
+                features; an adapter already attached (calibrate before attaching).
         """
-        linear = self.input_linear() if self.built else None
-        if linear is None:
-            state = "does not begin with a Linear" if self.built else "has no parameters yet"
-            raise ConfigError(f"{type(self).__name__} {state}: there is nothing for calibrate to fold into")
-        if linear.bias is None:
-            raise ConfigError(f"{type(self).__name__}: calibrate needs bias=True to take up the features' mean")
-        require_own_parameters(linear, "calibrate")
+        name = type(self).__name__
+        if not self.built:
+            raise ConfigError(f"{name} has no parameters yet: there is nothing for calibrate to fold into")
+        readers = self.channel_readers()
+        if not readers:
+            raise ConfigError(
+                f"{name} begins with neither a Linear nor a LayerNorm, so calibrate has nothing to fold a "
+                "standardisation into: leave calibrate out (calibrate: false)"
+            )
+        for reader in readers:
+            if reader.bias is None:
+                raise ConfigError(f"{name}: calibrate needs bias=True to take up the features' mean")
+            require_own_parameters(reader, "calibrate")
         if tokens.shape[-1] != self.in_dim or tokens.dim() not in (2, 3):
             raise ConfigError(
                 f"calibrate expects [N, T, {self.in_dim}] or [N, {self.in_dim}], given {list(tokens.shape)}"
             )
-        sample = tokens.reshape(-1, self.in_dim) if mask is None else tokens[mask]
-        sample = sample.to(torch.float64)
-        if sample.shape[0] < 2 or not bool(torch.isfinite(sample).all()):
-            raise ConfigError(f"calibrate needs two or more finite valid tokens, given {sample.shape[0]}")
-        mean, std = sample.mean(0), sample.std(0)
-        std = std.clamp_min(max(1e-2 * float(std.square().mean().sqrt()), 1e-12))
-        copies = linear.in_features // self.in_dim  # stacked frames or shuffled pixels repeat the channels
-        mean, std = (v.repeat(copies).to(linear.weight.device) for v in (mean, std))
-        weight = linear.weight.double() / std
-        linear.bias.copy_(linear.bias.double() - weight @ mean)
-        linear.weight.copy_(weight)
+        for reader in readers:
+            _fold(reader, *_statistics(_rows(self, reader, tokens, mask)))
         return self
 
     def extra_repr(self) -> str:
         return f"in_dim={self.in_dim}, out_dim={self.out_dim}" if self.built else "not built"
+
+
+# ---- calibrate ------------------------------------------------------------------------------------------------------
+
+
+def _rows(connector: Connector, reader: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """What `reader` sees of a sample, valid tokens only: [M, d_v] before a Linear, [M, C] normalised in a LayerNorm."""
+    if isinstance(reader, nn.Linear):  # stacked frames and shuffled pixels repeat the same channels
+        return tokens.reshape(-1, tokens.shape[-1]) if mask is None else tokens[mask]
+    if tokens.dim() == 2 and reader.weight.shape[-1] != tokens.shape[-1]:
+        raise ConfigError(f"{type(connector).__name__} normalises groups of tokens: calibrate needs them as [N, T, d_v]")
+    seen = connector.first_view(tokens) if tokens.dim() == 3 else tokens
+    if mask is not None:
+        seen = seen[connector.first_view(mask.unsqueeze(-1)).all(-1) if tokens.dim() == 3 else mask]
+    assert isinstance(reader, nn.LayerNorm)
+    return F.layer_norm(seen.reshape(-1, seen.shape[-1]).float(), reader.normalized_shape, eps=reader.eps)
+
+
+def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and bounded standard deviation of each channel, in double precision."""
+    rows = rows.to(torch.float64)
+    if rows.shape[0] < 2 or not bool(torch.isfinite(rows).all()):
+        raise ConfigError(f"calibrate needs two or more finite valid tokens, given {rows.shape[0]}")
+    mean, std = rows.mean(0), rows.std(0)
+    return mean, std.clamp_min(max(1e-2 * float(std.square().mean().sqrt()), 1e-12))
+
+
+def _fold(reader: nn.Linear | nn.LayerNorm, mean: Tensor, std: Tensor) -> None:
+    """Standardise the channels that `reader` multiplies its weight with, in its own weight and bias."""
+    copies = reader.weight.shape[-1] // len(mean)
+    mean, std = (v.repeat(copies).to(reader.weight.device) for v in (mean, std))
+    weight = reader.weight.double() / std
+    shift = weight @ mean if isinstance(reader, nn.Linear) else weight * mean
+    reader.bias.copy_(reader.bias.double() - shift)
+    reader.weight.copy_(weight)
 
 
 # ---- helpers shared by the connectors -------------------------------------------------------------------------------

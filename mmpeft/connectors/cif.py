@@ -2,8 +2,9 @@
 
 With c = cumsum(w) and p = c - w, frame t covers the interval [p_t, c_t] of accumulated weight and token j the interval
 [j, j + 1]; the token is the sum of the frames weighted by the length of the overlap,
-W[j, t] = relu(min(c_t, j + 1) - max(p_t, j)). No loop, several firings within one frame (w > 1) included, and nothing
-after a sample's last valid frame can matter, because its weight is 0.
+W[j, t] = relu(min(c_t, j + 1) - max(p_t, j)). The sums take linear time (`kernels.segmented`); no loop, several
+firings within one frame (w > 1) included, and nothing after a sample's last valid frame can matter, because its weight
+is 0.
 
 Paper: Dong and Xu, CIF: Continuous Integrate-and-Fire for End-to-End Speech Recognition, 2020.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
+from mmpeft.kernels import segmented
 
 TAIL = 0.5  # what is left after the last full token becomes a token when it is more than this
 
@@ -29,7 +31,7 @@ def overlap(weights: Tensor, num_tokens: int) -> Tensor:
 
 def integrate(frames: Tensor, weights: Tensor, num_tokens: int) -> Tensor:
     """Frames [B, T, D] and weights [B, T] -> the first `num_tokens` tokens [B, num_tokens, D], in the frames' dtype."""
-    return (overlap(weights, num_tokens).to(frames.dtype)) @ frames
+    return segmented.integrate(frames, weights, num_tokens).to(frames.dtype)
 
 
 def scale_weights(weights: Tensor, lengths: Tensor) -> Tensor:
@@ -48,10 +50,12 @@ def fire(frames: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         raise ConfigError("CIF weights must not be negative")
     total = weights.double().sum(1)
     counts = total.floor() + (total - total.floor() > TAIL)
-    matrix = overlap(weights, max(1, int(counts.max())))
-    matrix = matrix / matrix.sum(-1, keepdim=True).clamp_min(TAIL)  # only a last, partial token has a sum below 1
-    mask = torch.arange(matrix.shape[1], device=weights.device) < counts.unsqueeze(1)
-    return (matrix.to(frames.dtype) @ frames).masked_fill(~mask.unsqueeze(-1), 0.0), mask
+    most = max(1, int(counts.max()))
+    tokens = segmented.integrate(frames, weights, most)
+    sums = segmented.integrate(torch.ones_like(frames[..., :1]), weights, most)
+    tokens = (tokens / sums.clamp_min(TAIL)).to(frames.dtype)  # only a last, partial token has a sum below 1
+    mask = torch.arange(most, device=weights.device) < counts.unsqueeze(1)
+    return tokens.masked_fill(~mask.unsqueeze(-1), 0.0), mask
 
 
 def quantity_loss(weights: Tensor, lengths: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.connectors.base import Connector, require_positive
-from mmpeft.connectors.mlp import first_linear, projector
+from mmpeft.connectors.mlp import first_reader, projector
 from mmpeft.errors import ConfigError
 
 
@@ -66,8 +66,8 @@ class ConcatLinear(FrameStacker):
     def _build(self, in_dim: int, out_dim: int) -> None:
         self.layers = projector(self.stack * in_dim, self.hidden_dim, out_dim, depth=2, activation="relu")
 
-    def input_linear(self) -> nn.Linear | None:
-        return first_linear(self.layers)
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return first_reader(self.layers)
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.layers(stack_frames(tokens, self.stack)), stack_mask(mask, self.stack)

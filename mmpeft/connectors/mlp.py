@@ -53,10 +53,10 @@ def projector(
     return nn.Sequential(*layers)
 
 
-def first_linear(layers: nn.Sequential) -> nn.Linear | None:
-    """The Linear a stack begins with, or None when something else (a norm) comes first."""
+def first_reader(layers: nn.Sequential) -> list[nn.Linear | nn.LayerNorm]:
+    """The Linear or LayerNorm a stack begins with (see `Connector.channel_readers`)."""
     first = layers[0]
-    return first if isinstance(first, nn.Linear) else None
+    return [first] if isinstance(first, nn.Linear | nn.LayerNorm) else []
 
 
 class MLP(Connector):
@@ -111,8 +111,8 @@ class MLP(Connector):
             init_std=self.init_std,
         )
 
-    def input_linear(self) -> nn.Linear | None:
-        return first_linear(self.layers)
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return first_reader(self.layers)
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.layers(tokens), mask
@@ -140,8 +140,8 @@ class Linear(Connector):
     def _build(self, in_dim: int, out_dim: int) -> None:
         self.linear = nn.Linear(in_dim, out_dim, bias=self.bias)
 
-    def input_linear(self) -> nn.Linear | None:
-        return self.linear
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return [self.linear]
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.linear(tokens), mask

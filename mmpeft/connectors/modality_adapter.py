@@ -71,8 +71,12 @@ class ModalityAdapter(Connector):
             raise ConfigError(f"{t} tokens are not {frames} equal frames (nearest: {near})")
         return frames * self.connector.num_tokens(t // frames)
 
-    def input_linear(self) -> nn.Linear | None:
-        return self.connector.input_linear()
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return self.connector.channel_readers()
+
+    def first_view(self, tokens: Tensor) -> Tensor:
+        frames = tokens.reshape(len(tokens) * (self.num_frames or 1), -1, tokens.shape[2])
+        return self.connector.first_view(frames)
 
     @property
     def scales_output(self) -> bool:

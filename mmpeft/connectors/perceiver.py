@@ -107,6 +107,9 @@ class PerceiverResampler(Connector):
         require_positive(self, t=t)
         return self.num_latents
 
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return [layer.norm_media for layer in self.layers]
+
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         latents = self.latents.to(tokens.dtype).expand(len(tokens), -1, -1)
         for layer in self.layers:

@@ -13,7 +13,7 @@ import math
 from torch import Tensor, nn
 
 from mmpeft.connectors.base import Connector, require_positive
-from mmpeft.connectors.mlp import activation_module, first_linear, projector
+from mmpeft.connectors.mlp import activation_module, first_reader, projector
 from mmpeft.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ class PixelShuffleMLP(Connector):
         activation: "gelu", "relu" or "silu".
         bias: biases on the Linears.
         init_std: None = PyTorch's default; else N(0, init_std).
-        input_norm: LayerNorm over the r*r*d_v channels first (InternVL). Without it, `calibrate` is possible.
+        input_norm: LayerNorm over the r*r*d_v channels first (InternVL).
         grid: (height, width) when the tokens are not square.
         output_norm: end with a LayerNorm; see `Connector.set_output_std`.
 
@@ -133,8 +133,11 @@ class PixelShuffleMLP(Connector):
         height, width = grid_of(self, t, self.grid, self.factor)
         return height * width // self.factor**2
 
-    def input_linear(self) -> nn.Linear | None:
-        return first_linear(self.layers)
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        return first_reader(self.layers)
+
+    def first_view(self, tokens: Tensor) -> Tensor:
+        return space_to_depth(tokens, *grid_of(self, tokens.shape[1], self.grid, self.factor), self.factor)
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         grid = grid_of(self, tokens.shape[1], self.grid, self.factor)

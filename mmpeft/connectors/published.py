@@ -1,11 +1,13 @@
 """Published connector weights: reading tensors from wherever they were published, and LLaVA's projector.
 
-Files are read tensor by tensor and never unpickled into code (`.bin`, `.pth`, `.pt`: `weights_only`). Nothing is
-changed in the connector unless everything it needs was found, has its shape, and is finite.
+Files are read tensor by tensor and never unpickled into code (`.bin`, `.pth`, `.pt`: `weights_only`). Of a sharded
+folder only the shards that hold the wanted tensors are opened, and only they need be there. Nothing is changed in the
+connector unless everything it needs was found, has its shape, and is finite.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,17 +19,23 @@ from mmpeft.connectors.mlp import MLP
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest
 
 PICKLED = (".bin", ".pth", ".pt")
+# What the transformers Trainer leaves beside the weights: pickles of its own classes, no tensors of the model.
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth")
 Reader = Callable[[str], Tensor]
 
 # Where a LLaVA projector's Linears stand, and what comes before the i-th of them.
 PROJECTOR_KEYS = (
-    re.compile(r"(?:model\.)?mm_projector\.(\d+)\.(weight|bias)"),  # LLaVA: 0, 2, ...
+    re.compile(r"(?:base_model\.model\.)?(?:model\.)?mm_projector\.(\d+)\.(weight|bias)"),  # LLaVA: 0, 2, ...
     re.compile(r"(?:model\.)?multi_modal_projector\.linear_(\d+)\.(weight|bias)"),  # transformers: 1, 2
 )
 
 
 def load_mlp(connector: MLP, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Load a LLaVA-1.5 projector (LLaVA's `mm_projector.bin` or transformers' names) into a built MLP.
+    """Load a LLaVA-1.5 projector into a built MLP: LLaVA's `mm_projector.bin`, `non_lora_trainables.bin` or whole model,
+    or transformers' names.
+
+    Args:
+        source: a folder, a file or a state dict.
 
     Raises:
         ConfigError: the connector is not built.
@@ -76,15 +84,42 @@ def open_tensors(source: str | Path | Mapping[str, Tensor]) -> tuple[list[str], 
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise NameNotFound(f"no such file or folder: {path}{nearest(path.name, siblings)}")
+    index = next((i for kind in ("safetensors", "bin") for i in sorted(path.glob(f"*.{kind}.index.json"))), None)
+    if index is not None:
+        shards = _read_index(index)
+        return list(shards), lambda key: _read_shard(path / shards[key], key, index), str(source)
     files = [path]
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(p for p in path.glob("*") if p.suffix in PICKLED)
+        pickled = (p for p in path.glob("*") if p.suffix in PICKLED and p.name not in NO_WEIGHTS)
+        files = sorted(path.glob("*.safetensors")) or sorted(pickled)
         if not files:
             raise NameNotFound(f"no .safetensors, .bin, .pth or .pt file in {path}")
     readers: dict[str, Reader] = {}
     for file in files:
-        readers |= _open_pickled(file) if file.suffix in PICKLED else _open_safetensors(file)
+        readers |= _open(file)
     return list(readers), lambda key: readers[key](key), str(source)
+
+
+def _open(file: Path) -> dict[str, Reader]:
+    return _open_pickled(file) if file.suffix in PICKLED else _open_safetensors(file)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file of a sharded checkpoint, from its `*.index.json`."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): Path(file).name for key, file in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error
+
+
+def _read_shard(file: Path, key: str, index: Path) -> Tensor:
+    if not file.is_file():
+        raise NameNotFound(f"{index} says that {key} is in {file.name}, which is not there: fetch that shard too")
+    readers = _open(file)
+    if key not in readers:
+        raise FileFormatError(f"{index} says that {key} is in {file.name}, which does not hold it")
+    return readers[key](key)
 
 
 def _open_safetensors(file: Path) -> dict[str, Reader]:

@@ -232,6 +232,17 @@ class QFormer(Connector):
         require_positive(self, t=t)
         return self.num_queries
 
+    def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
+        if self.pretrained is not None:
+            raise ConfigError(
+                "QFormer: calibrate would change what the pretrained weights make of their encoder's features; leave "
+                "calibrate or pretrained out"
+            )
+        if isinstance(self.ln_vision, nn.LayerNorm):
+            return [self.ln_vision]
+        crossing = (layer.cross_attention for layer in self.core.layers)
+        return [linear for attention in crossing if attention is not None for linear in (attention.key, attention.value)]
+
     def connect(
         self,
         tokens: Tensor,

@@ -5,8 +5,9 @@ Nothing here imports Lightning, `datasets` or scikit-learn until a class that ne
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmpeft.lazy import lazy
 
 if TYPE_CHECKING:
     from mmpeft.data.bad_samples import Report as Report
@@ -29,28 +30,23 @@ if TYPE_CHECKING:
 
 #: public name -> file; a file is imported when one of its names is used
 _LAZY = {
-    "CocoCaptions": "coco",
-    "ConversationDataset": "samples",
-    "ConversationProcessor": "processor",
-    "DataModule": "module",
-    "DigitsCaptions": "digits",
-    "DigitsVQA": "digits",
-    "HuggingFace": "hf",
-    "HuggingFaceLabels": "hf",
-    "ImageFolder": "classification",
-    "JsonLines": "jsonl",
-    "LLaVA": "llava",
-    "LabelledDataset": "classification",
-    "Loader": "loader",
-    "Report": "bad_samples",
-    "Table": "classification",
-    "VQAv2": "vqa_v2",
-    "check": "bad_samples",
+    "CocoCaptions": ".coco",
+    "ConversationDataset": ".samples",
+    "ConversationProcessor": ".processor",
+    "DataModule": ".module",
+    "DigitsCaptions": ".digits",
+    "DigitsVQA": ".digits",
+    "HuggingFace": ".hf",
+    "HuggingFaceLabels": ".hf",
+    "ImageFolder": ".classification",
+    "JsonLines": ".jsonl",
+    "LLaVA": ".llava",
+    "LabelledDataset": ".classification",
+    "Loader": ".loader",
+    "Report": ".bad_samples",
+    "Table": ".classification",
+    "VQAv2": ".vqa_v2",
+    "check": ".bad_samples",
 }
 __all__ = list(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__ = lazy(__name__, _LAZY)

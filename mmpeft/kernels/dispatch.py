@@ -45,15 +45,28 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def forced() -> Backend:
+    """What `backend` asked for; "auto" outside of it."""
+    return _backend
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether the kernels run for tensors that live where `x` lives."""
     if _backend != "auto":
         return _backend == "triton"
-    if x.is_cuda and triton_installed() and _capability(x.device.index or 0) >= (8, 0):
-        return True
-    _say_once(x.device.type)
-    return False
+    return device_runs(x.device.type, x.device.index or 0)
 
+
+def device_runs(kind: str, index: int) -> bool:
+    """Whether this device runs the Triton kernels; says once in the log where it does not."""
+    runs = kind == "cuda" and triton_installed() and _capability(index) >= (8, 0)
+    if not runs:
+        _say_once(kind)
+    return runs
+
+
+# `torch.compiler.assume_constant_result` without its import of the whole compiler: a graph is made for one answer.
+device_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def triton_installed() -> bool:

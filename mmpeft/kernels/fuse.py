@@ -8,7 +8,7 @@ scaled residual) is refused too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,14 +41,17 @@ def from_model(
     attached: bool = False,
     check: bool = True,
     tolerance: float | None = None,
+    others: Sequence[Tensor] = (),
 ) -> FusedLlama:
-    """The fused form of a causal LM of transformers, with `adapters` by the linears' paths from `model`.
+    """The fused form of a causal LM of transformers, or of its decoder alone, with `adapters` by the linears' paths from
+    `model`.
 
     The packed buffers become the storage of the model's own weights (same values, padded rows), so nothing is stored
     twice. `dropout` acts on every adapter's input in training. `attached` says that the model's own forward already
     applies these adapters (their masters may be its parameters). With `check`, the last hidden states and the loss on
-    random tokens (with the adapters where they are attached, else without) must agree with the model's own within
-    `tolerance` (relative; by default 1e-1 in half precision, 1e-4 in fp32).
+    random tokens (the states alone for a decoder without a head; with the adapters where they are attached, else without) must agree with the model's own within
+    `tolerance` (relative; by default 1e-1 in half precision, 1e-4 in fp32). `others`: parameters below the blocks that
+    take no part, as those of other adapters.
 
     Raises:
         Unsupported: the model's structure or a numeric check does not fit; the message says where.
@@ -57,7 +60,7 @@ def from_model(
     decoder = _decoder(model)
     paths = {id(m): name for name, m in model.named_modules()}
     unused = dict(adapters)
-    masters = {id(t) for a in adapters.values() for t in (a.A, a.B)}
+    masters = {id(t) for a in adapters.values() for t in (a.A, a.B)} | {id(t) for t in others}
     packed = [
         _block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)], masters) for layer in decoder.layers
     ]
@@ -66,7 +69,8 @@ def from_model(
         raise NameNotFound(f"no fused linear at {min(unused)!r}{nearest(min(unused), known)}")
     attention = packed[0][1]
     d = attention.head_dim
-    head = model.get_output_embeddings().weight
+    has_head = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    head = (model.get_output_embeddings() if has_head else decoder.embed_tokens).weight
     fused = FusedLlama(
         embedding=decoder.embed_tokens.weight.detach(),
         blocks=[block for block, _ in packed],
@@ -81,7 +85,7 @@ def from_model(
         dropout=dropout,
     )
     if check:
-        _prove(model, decoder, fused, attached, tolerance or (1e-1 if head.element_size() < 4 else 1e-4))
+        _prove(model if has_head else None, decoder, fused, attached, tolerance or (1e-1 if head.element_size() < 4 else 1e-4))
     return fused
 
 
@@ -105,7 +109,7 @@ def _block(layer: nn.Module, adapter_of: AdapterOf, path: str, masters: set[int]
         if not isinstance(linear, nn.Linear):
             raise Unsupported(f"{path}: {name} is a {type(linear).__name__}, not a Linear")
     known = {id(p) for m in (*linears, *norms) for p in m.parameters()}
-    extra = [name for name, p in layer.named_parameters() if id(p) not in known]
+    extra = [name for name, p in layer.named_parameters() if id(p) not in known and id(p) not in masters]
     if extra:
         raise Unsupported(f"{path} has parameters that a Llama block has not: {', '.join(extra[:3])}")
     if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
@@ -151,15 +155,15 @@ def _prove(model: Any, decoder: Any, fused: FusedLlama, attached: bool, toleranc
     if not attached:
         for slot in fused.slots:
             slot.copy.zero_()
-    training = model.training
-    model.eval()
-    own, own_loss = (
-        decoder(input_ids=ids).last_hidden_state.flatten(0, 1).float(),
-        model(input_ids=ids, labels=ids).loss,
-    )
-    model.train(training)
+    whole = decoder if model is None else model
+    modes = [(m, m.training) for m in whole.modules()]  # each its own: `train()` would wake frozen parts
+    whole.eval()
+    own = decoder(input_ids=ids).last_hidden_state.flatten(0, 1).float()
+    own_loss = own.new_ones(()) if model is None else model(input_ids=ids, labels=ids).loss
+    for m, mode in modes:
+        m.training = mode
     x = torch.nn.functional.embedding(ids, fused.embedding)
-    ours, ours_loss = fused.hidden(x)[0].float(), fused.forward(x, ids)[0]
+    ours, ours_loss = fused.hidden(x)[0].float(), own_loss if model is None else fused.forward(x, ids)[0]
     fused.refresh()
     error = float(((ours - own).norm() / own.norm()).maximum((ours_loss - own_loss).abs() / own_loss.abs()))
     if not error <= tolerance:

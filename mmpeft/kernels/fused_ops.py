@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.kernels import reference
@@ -80,3 +81,56 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor, dgu: Tensor, h: Tensor) -> None
     silu, d = gate * sig, _wide(dh)
     dgu.copy_(torch.cat([d * up * (sig + silu * (1 - sig)), d * silu], -1))
     h.copy_(silu * up)
+
+
+def add_layernorm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, n: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills n [T, h] with layernorm(x + delta) * weight + bias; returns (x + delta [T, h], mean [T], rstd [T])."""
+    if use_triton(x):
+        from mmpeft.kernels import layernorm
+
+        return layernorm.add_layernorm(x, delta, weight, bias, eps, n)
+    total = x if delta is None else x + delta
+    wide = _wide(total)
+    mean = wide.mean(-1)
+    rstd = torch.rsqrt((wide - mean[:, None]).square().mean(-1) + eps)
+    n.copy_((wide - mean[:, None]) * rstd[:, None] * weight + bias)
+    return total, mean, rstd
+
+
+def layernorm_backward(
+    dn: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, g: Tensor, out: Tensor, n: Tensor
+) -> None:
+    """Fills out [T, h] with x's gradient through the norm plus g, and n [T, h] with the norm's output."""
+    if use_triton(x):
+        from mmpeft.kernels import layernorm
+
+        return layernorm.layernorm_backward(dn, x, mean, rstd, weight, bias, g, out, n)
+    xhat = (_wide(x) - mean[:, None]) * rstd[:, None]
+    wd = _wide(dn) * _wide(weight)
+    dx = rstd[:, None] * (wd - wd.mean(-1, keepdim=True) - xhat * (wd * xhat).mean(-1, keepdim=True)) + g
+    n.copy_(xhat * weight + bias)
+    out.copy_(dx)
+
+
+def gelu(u: Tensor, out: Tensor, tanh: bool) -> None:
+    """Fills out [T, f] with gelu(u [T, f]), exact or by tanh."""
+    if use_triton(u):
+        from mmpeft.kernels import layernorm
+
+        return layernorm.gelu(u, out, tanh)
+    out.copy_(F.gelu(u, approximate=_APPROXIMATE[tanh]))
+
+
+def gelu_backward(dg: Tensor, u: Tensor, du: Tensor, g: Tensor, tanh: bool) -> None:
+    """Fills du [T, f] with u's gradient and g [T, f] with the forward's output (g may be dg)."""
+    if use_triton(u):
+        from mmpeft.kernels import layernorm
+
+        return layernorm.gelu_backward(dg, u, du, g, tanh)
+    du.copy_(torch.ops.aten.gelu_backward(dg.contiguous(), u.contiguous(), approximate=_APPROXIMATE[tanh]))
+    g.copy_(F.gelu(u, approximate=_APPROXIMATE[tanh]))
+
+
+_APPROXIMATE = {False: "none", True: "tanh"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.adamw import Slot
+from mmpeft.errors import ConfigError
+from mmpeft.kernels.adamw import FlatAdamW, Refresher, Slot
 from mmpeft.kernels.lowrank import drop, mm_wide
 from mmpeft.kernels.packed import LEADING_MULTIPLE, PackedGroup, round_up
 
@@ -123,6 +124,43 @@ class Group:
                 masked = x if dropped is None else dropped.of(x, i)
                 product_into(dA, wide[:, column : column + r].mT, masked, 1.0, accumulate)
             first += r
+
+
+class Masters:
+    """The adapters of written-out blocks: their masters and compute copies in flat order, shared by every kind of block."""
+
+    masters: list[Tensor]
+    slots: list[Slot]
+    numel: int
+
+    def collect(self, groups: Iterable[Group]) -> None:
+        """Lay the groups' adapters end to end, and write their compute copies."""
+        self.masters, self.slots, self.numel = [], [], 0
+        for group in groups:
+            for master, slot in group.slots(self.numel):
+                self.masters.append(master)
+                self.slots.append(slot)
+                self.numel += slot.numel
+        self._refresher = Refresher(self.slots)
+        if not self.numel:
+            raise ConfigError("no adapter on any linear of the blocks: nothing to train")
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rewrite the compute copies from the masters; `FlatAdamW.step` does it by itself."""
+        self._refresher(self.masters)
+
+    def optimizer(self, **options: Any) -> FlatAdamW:
+        """A one-launch AdamW over all adapters (options of `FlatAdamW`)."""
+        return FlatAdamW(self.masters, self.slots, **options)
+
+    def rebind(self, masters: Sequence[Tensor]) -> None:
+        """Put other masters of the same shapes in place of the present ones: another adapter on the same weights."""
+        if [tuple(m.shape) for m in masters] != [s.shape for s in self.slots]:
+            raise ConfigError(f"{len(masters)} masters that differ in shape from the {len(self.slots)} of these blocks")
+        self.masters = list(masters)
+        self.refresh()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

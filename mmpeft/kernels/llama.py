@@ -18,17 +18,16 @@ head. Dropout is right but takes the long way (each masked copy is materialised,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import attention, fused_ops, sweep
-from mmpeft.kernels.adamw import FlatAdamW, Slot
+from mmpeft.kernels import attention, fused_ops, recorded, sweep
 from mmpeft.kernels.dispatch import use_triton
-from mmpeft.kernels.group import Dropped, Group, linear
+from mmpeft.kernels.group import Dropped, Group, Masters, linear
 from mmpeft.kernels.xent import head_loss
 
 Sites = tuple[Dropped | None, Dropped | None, Dropped | None, Dropped | None]  # of qkv, o, gate_up, down
@@ -56,14 +55,14 @@ class Tape:
 
     blocks: list[tuple[Any, ...]]
     final: tuple[Tensor, Tensor]
-    gradient: Tensor  # of the final norm's output
+    gradient: Tensor | None  # of the final norm's output
     rows: Tensor | None
     shape: tuple[int, int]
     dropped: Dropped | None
 
 
 @dataclass
-class FusedLlama:
+class FusedLlama(Masters):
     """embedding -> blocks -> norm -> head -> cross-entropy.
 
     Args:
@@ -91,28 +90,7 @@ class FusedLlama:
             raise ConfigError(f"dropout {self.dropout}; expected 0 <= dropout < 1")
         self.seed = torch.zeros(1, dtype=torch.int64, device=self.embedding.device)
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-        self.masters: list[Tensor] = []
-        self.slots: list[Slot] = []
-        start = 0
-        for group in (g for block in self.blocks for g in block.groups()):
-            for master, slot in group.slots(start):
-                self.masters.append(master)
-                self.slots.append(slot)
-                start += slot.numel
-        self.numel = start
-        if not start:
-            raise ConfigError("no adapter on any linear of the blocks: nothing to train")
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Rewrite the compute copies from the masters; `FlatAdamW.step` does it by itself."""
-        for master, slot in zip(self.masters, self.slots, strict=True):
-            slot.copy.copy_(master * slot.scale)
-
-    def optimizer(self, **options: Any) -> FlatAdamW:
-        """A one-launch AdamW over all adapters (options of `FlatAdamW`)."""
-        return FlatAdamW(self.masters, self.slots, **options)
+        self.collect(g for block in self.blocks for g in block.groups())
 
     def loss(
         self, ids: Tensor | None, labels: Tensor, *, inputs: Tensor | None = None, rows: Tensor | None = None
@@ -126,16 +104,35 @@ class FusedLlama:
         """
         if (ids is None) == (inputs is None):
             raise ConfigError("give either ids or inputs (embeddings)")
-        x = inputs if ids is None else F.embedding(ids, self.embedding)
-        loss: Tensor = _Loss.apply(self, x, labels, rows, *self.masters)  # type: ignore[no-untyped-call]
-        return loss
+        x = inputs if inputs is not None else F.embedding(cast(Tensor, ids), self.embedding)
+        return recorded.loss(self, x, labels, rows)
+
+    def states(self, x: Tensor) -> Tensor:
+        """Embeddings x [B, S, h] -> the last hidden states [B, S, h], final norm included, differentiable in x and the
+        masters; without gradients nothing is kept."""
+        if not torch.is_grad_enabled():
+            return self.record(x)[0] if self.dropout else self.hidden(x)[0].view(x.shape)
+        return recorded.run(self, x)
+
+    @torch.no_grad()
+    def record(self, x: Tensor) -> tuple[Tensor, Tape]:
+        """Embeddings x [B, S, h] -> (last hidden states [B, S, h], tape)."""
+        saved: list[tuple[Any, ...]] = []
+        dropped = self.draw()
+        n, last, rstd = self.hidden(x, saved, dropped)
+        return n.view(x.shape), Tape(saved, (last, rstd), None, None, (x.shape[0], x.shape[1]), dropped)
+
+    def draw(self) -> Dropped | None:
+        """This forward's dropout masks."""
+        dropped = Dropped(self.dropout, self.seed.clone()) if self.dropout else None
+        self.seed.add_(32 * len(self.blocks))
+        return dropped
 
     @torch.no_grad()
     def forward(self, x: Tensor, labels: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tape]:
         """x [B, S, h], labels [B, S] -> (mean loss, tape)."""
         saved: list[tuple[Any, ...]] = []
-        dropped = Dropped(self.dropout, self.seed.clone()) if self.dropout else None
-        self.seed.add_(32 * len(self.blocks))
+        dropped = self.draw()
         n, last, rstd = self.hidden(x, saved, dropped)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
         if rows is not None:
@@ -150,7 +147,7 @@ class FusedLlama:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` for the backward."""
         B, S, h = x.shape
-        x, delta = x.reshape(B * S, h), None
+        x, delta = x.reshape(B * S, h).contiguous(), None
         tables = self._cos_sin(S)
         if saved is not None:  # tuned now, while memory is still free
             self._sweep_config(self.blocks[0], B * S)
@@ -205,14 +202,14 @@ class FusedLlama:
             )
         x, rstd = tape.final
         T, h = x.shape
-        dn = tape.gradient
+        dn = cast(Tensor, tape.gradient)
         if tape.rows is not None:
             dn = torch.zeros_like(x).index_add_(0, tape.rows, dn)
         tables = self._cos_sin(tape.shape[1])
         g = self.blocks[-1].down.wide(T, h)
         fused_ops.rmsnorm_backward(dn, x, rstd, self.final_norm, None, g[:, :h], None)
         del x, dn
-        tape.final = tape.gradient = None  # type: ignore[assignment]
+        tape.final, tape.gradient = None, None  # type: ignore[assignment]
         for i in range(len(self.blocks) - 1, -1, -1):
             below = self.blocks[i - 1].down if i else self.blocks[i].down
             g = self._block_backward(
@@ -311,21 +308,3 @@ def _sites(dropped: Dropped | None, block: int) -> Sites:
         return None, None, None, None
     qkv, o, gate_up, down = (dropped.at(4 * block + i) for i in range(4))
     return qkv, o, gate_up, down
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, model: FusedLlama, x: Tensor, labels: Tensor, rows: Tensor | None, *masters: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        loss, ctx.tape = model.forward(x, labels, rows)
-        ctx.model, ctx.dtype = model, masters[0].dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        model, tape = ctx.model, ctx.tape
-        if tape.blocks:
-            tape.gradient.mul_(grad)
-        flat = model.blocks[0].norm1.new_empty(model.numel, dtype=ctx.dtype)
-        dx = model.backward(tape, flat, need_dx=ctx.needs_input_grad[1])
-        parts = flat.split([s.numel for s in model.slots])
-        return None, dx, None, None, *(g.view(s.shape) for g, s in zip(parts, model.slots, strict=True))

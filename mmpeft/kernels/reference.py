@@ -7,6 +7,8 @@ instead of storing it, and every device draws the same mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,6 +66,28 @@ def lowrank_linear(
     """
     inner = dropout(x, dropout_p, seed) if dropout_p and seed is not None else x
     return F.linear(x, weight, bias) + scale * F.linear(F.linear(inner, A.to(x.dtype)), B.to(x.dtype))
+
+
+def lowrank_updates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[tuple[Tensor, Tensor, float, int, float]],
+    *,
+    row: Tensor | None = None,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """row * (x W^T + sum of scale * (dropout(x) A^T) B^T on the rows from `start`) + b; see `lowrank.Update`."""
+    y = F.linear(x, weight, bias if row is None else None)
+    for i, (A, B, scale, start, p) in enumerate(updates):
+        inner = dropout(x, p, seed + i) if p and seed is not None else x
+        update = scale * F.linear(F.linear(inner, A.to(x.dtype)), B.to(x.dtype))
+        whole = B.shape[0] == y.shape[-1]
+        y = y + (update if whole else F.pad(update, (start, y.shape[-1] - start - B.shape[0])))
+    if row is None:
+        return y
+    y = (y * row).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 def add_rmsnorm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

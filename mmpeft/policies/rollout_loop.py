@@ -105,7 +105,7 @@ def rollout(
     plan = EpisodeList(names, episodes)
     book = _Book(folder, settings)
     waiting = _Waiting(plan, book.finished(plan))
-    films = _Films(video, video_episodes)
+    films = _Films(video, video_episodes, named=len(names) > 1)
     milliseconds: list[float] = []
     steps, died = 0, dict[int, int]()
     kwargs = {"execute": execute, "stop_on_success": stop_on_success, "filming": filming}
@@ -325,11 +325,11 @@ class _Book:
 
 
 class _Films:
-    """The first few successes and failures of a rollout, by seed, as videos."""
+    """The first few successes and failures of a rollout, by seed, as videos; `named` puts the task into their names."""
 
-    def __init__(self, target: str | Path | None, episodes: int) -> None:
+    def __init__(self, target: str | Path | None, episodes: int, *, named: bool) -> None:
         self.target = None if target is None else Path(target)
-        self.episodes = episodes
+        self.episodes, self.named = episodes, named
         self.kept: dict[bool, list[Any]] = {True: [], False: []}
 
     def add(self, record: Any) -> None:
@@ -341,7 +341,8 @@ class _Films:
         del kept[self.episodes :]
 
     def write(self) -> list[str]:
-        """The files written: `<task>-<seed>-success.mp4` in a folder, or one file that shows all after one another."""
+        """The files written: `seed-<seed>-success.mp4` in a folder (of several environments: the task before it), or
+        one file that shows all after one another."""
         films = [*self.kept[True], *self.kept[False]]
         if self.target is None or not films:
             return []
@@ -352,6 +353,7 @@ class _Films:
         for film in films:
             row = film.row
             how = "success" if row["success"] else "failure"
-            name = f"{row['task'].split(':')[1].replace('/', '-')}-{row['seed']}-{how}.mp4"
+            task = f"{row['task'].split(':')[1].replace('/', '-')}-" if self.named else ""
+            name = f"{task}seed-{row['seed']}-{how}.mp4"
             written.append(str(write_video(self.target / name, film.frames, fps=film.frames_per_second)))
         return written

@@ -12,13 +12,7 @@ import numpy as np
 
 from mmpeft.data.demos.store import atomic_write
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound
-
-
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % interval; the metrics load when it is asked for, because torchmetrics takes seconds to import."""
-    from mmpeft.metrics.success import wilson_interval
-
-    return wilson_interval(successes, episodes)
+from mmpeft.metrics.intervals import mcnemar_exact, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class RolloutResult:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `success`, over all episodes."""
-        return wilson(self.successes, len(self.episodes))
+        return wilson_interval(self.successes, len(self.episodes))
 
     def by_task(self) -> dict[str, dict[str, Any]]:
         """task -> successes, episodes, success, interval, mean steps; in the order of first appearance by name."""
@@ -72,7 +66,7 @@ class RolloutResult:
                 "successes": won,
                 "episodes": len(rows),
                 "success": won / len(rows),
-                "interval": wilson(won, len(rows)),
+                "interval": wilson_interval(won, len(rows)),
                 "steps": float(np.mean([row["steps"] for row in rows])),
             }
         return table
@@ -83,8 +77,6 @@ class RolloutResult:
         Raises:
             ConfigError: not the same tasks and seeds on both sides; the first missing ones are named.
         """
-        from mmpeft.metrics.success import mcnemar_exact
-
         mine, theirs = ({(r["task"], r["seed"]): bool(r["success"]) for r in x.episodes} for x in (self, other))
         if set(mine) != set(theirs) or not mine:
             odd = sorted(set(mine) ^ set(theirs))[:3]

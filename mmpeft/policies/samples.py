@@ -5,8 +5,9 @@ prefix.
     samples.fill()                                       # every picture through the frozen prefix, once
     samples[0]                                           # id, prefix [T, copies, V, C, h, w], state [T, S], ...
 
-A frozen prefix allows no augmentation after the fact, so `copies` of each picture are cached: the first as it is, the
-others moved at random by up to `shift` pixels; training draws one of them, evaluation takes the first. Each episode is
+Training moves pictures at random by up to `shift` pixels. A frozen prefix allows no augmentation after the fact, so
+`copies` of each picture are cached: the first as it is, the others moved; training draws one of them, evaluation takes
+the first. Without a cache each picture is moved anew. Each episode is
 a file named by the digest of its pictures, of the encoder's prefix and of these options, so nothing stale is ever
 found; half precision was measured to cost no success.
 """
@@ -178,10 +179,12 @@ class PolicyProcessor:
 
     Args:
         action_dim: of the robot (for discrete actions their number). state_dim: of the robot, 0 if none is read.
+        shift: pixels by which pictures (not cached prefixes) move in training.
     """
 
-    def __init__(self, *, action_dim: int, state_dim: int, chunk: int, discrete: bool) -> None:
+    def __init__(self, *, action_dim: int, state_dim: int, chunk: int, discrete: bool, shift: int = 0) -> None:
         self.action_dim, self.state_dim, self.chunk, self.discrete = action_dim, state_dim, chunk, discrete
+        self.shift = shift
 
     def encode(self, sample: dict[str, Any], *, train: bool) -> dict[str, Any]:
         """Raises BadSample: an action or a state of another size, or with NaN."""
@@ -208,6 +211,10 @@ class PolicyProcessor:
                 size = list(state.shape)
                 raise BadSample(f"{name}: expected a finite state of {self.state_dim} numbers, given {size}")
             item["state"] = state
+        if train and self.shift and "images" in item:
+            images = item["images"]  # [T, V, H, W, 3]
+            moved = random_shift(images.flatten(0, 1), torch.default_generator, pixels=self.shift)
+            item["images"] = moved.view_as(images)
         if "prefix" in sample:
             copies = sample["prefix"]  # [T, copies, V, C, h, w]
             chosen = int(torch.randint(copies.shape[1], ())) if train else 0

@@ -8,10 +8,12 @@ Loaded by name, so that importing one does not import the libraries of all.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmpeft.lazy import lazy
 
 if TYPE_CHECKING:
+    from mmpeft.tasks.adafish import AdaFish as AdaFish
     from mmpeft.tasks.base import AdapterTask as AdapterTask
     from mmpeft.tasks.budget import BudgetedSteps as BudgetedSteps
     from mmpeft.tasks.callbacks import AdapterCheckpoint as AdapterCheckpoint
@@ -24,35 +26,43 @@ if TYPE_CHECKING:
     from mmpeft.tasks.convergence import Plateau as Plateau
     from mmpeft.tasks.datasets import DigitLabels as DigitLabels
     from mmpeft.tasks.datasets import Docstrings as Docstrings
+    from mmpeft.tasks.fwdllm import FwdLLM as FwdLLM
+    from mmpeft.tasks.galore import GaLore as GaLore
+    from mmpeft.tasks.galore import NaturalGaLore as NaturalGaLore
     from mmpeft.tasks.generation import GenerationTask as GenerationTask
+    from mmpeft.tasks.ist import LayerSampling as LayerSampling
     from mmpeft.tasks.ivon import IVON as IVON
     from mmpeft.tasks.mezo import MeZO as MeZO
     from mmpeft.tasks.question_report import QuestionReport as QuestionReport
     from mmpeft.tasks.rank import RankControl as RankControl
+    from mmpeft.tasks.recadam import RecAdam as RecAdam
+    from mmpeft.tasks.relora import ReLoRARestart as ReLoRARestart
 
 _LAZY = {
-    "ControlTask": "control",
-    "ControlData": "control",
-    "Evaluate": "control",
-    "Plateau": "convergence",
-    "ConvergenceStop": "convergence",
-    "IVON": "ivon",
-    "MeZO": "mezo",
-    "RankControl": "rank",
-    "AdapterTask": "base",
-    "GenerationTask": "generation",
-    "ClassificationTask": "classification",
-    "EncoderClassifier": "classification",
-    "AdapterCheckpoint": "callbacks",
-    "BudgetedSteps": "budget",
-    "QuestionReport": "question_report",
-    "DigitLabels": "datasets",
-    "Docstrings": "datasets",
+    "ControlTask": ".control",
+    "ControlData": ".control",
+    "Evaluate": ".control",
+    "Plateau": ".convergence",
+    "ConvergenceStop": ".convergence",
+    "IVON": ".ivon",
+    "MeZO": ".mezo",
+    "RankControl": ".rank",
+    "LayerSampling": ".ist",
+    "ReLoRARestart": ".relora",
+    "AdaFish": ".adafish",
+    "RecAdam": ".recadam",
+    "FwdLLM": ".fwdllm",
+    "GaLore": ".galore",
+    "NaturalGaLore": ".galore",
+    "AdapterTask": ".base",
+    "GenerationTask": ".generation",
+    "ClassificationTask": ".classification",
+    "EncoderClassifier": ".classification",
+    "AdapterCheckpoint": ".callbacks",
+    "BudgetedSteps": ".budget",
+    "QuestionReport": ".question_report",
+    "DigitLabels": ".datasets",
+    "Docstrings": ".datasets",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__ = lazy(__name__, _LAZY)

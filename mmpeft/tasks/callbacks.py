@@ -21,20 +21,31 @@ class AdapterCheckpoint(_lightning.Callback):  # type: ignore[misc]
     built it), the step and the metrics.
 
     Args:
-        folder: see `mmpeft.save`; what was there is replaced in one atomic move.
+        folder: see `mmpeft.save`; what was there is replaced in one atomic move. None: `adapter` in the logger's
+            folder.
         monitor: a logged value; None saves at the end.
         mode: whether the largest or the smallest `monitor` is the best.
 
     Raises:
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode, or neither a folder nor a logger that has one.
         NameNotFound: `monitor` was not logged by the validation.
     """
 
-    def __init__(self, folder: str, *, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
+    def __init__(
+        self, folder: str | None = None, *, monitor: str | None = None, mode: Literal["max", "min"] = "max"
+    ) -> None:
         if mode not in ("max", "min"):
             raise ConfigError(f"mode is 'max' or 'min', not {mode!r}")
-        self.folder, self.monitor, self.mode = Path(folder), monitor, mode
+        self.folder = None if folder is None else Path(folder)
+        self.monitor, self.mode = monitor, mode
         self.best: float | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.folder is None:
+            logs = trainer.log_dir
+            if trainer.logger is None or logs is None:
+                raise ConfigError("AdapterCheckpoint needs folder=, since this trainer has no logger with a folder")
+            self.folder = Path(logs) / "adapter"
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -54,6 +65,7 @@ class AdapterCheckpoint(_lightning.Callback):  # type: ignore[misc]
             self._save(trainer, pl_module)
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
+        assert self.folder is not None
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if math.isfinite(float(v))}
         metadata: dict[str, Any] = {"step": trainer.global_step, "metrics": metrics}
         if pl_module.recipe is not None:

@@ -8,20 +8,18 @@ With `{"head": "full"}` alone it is linear probing. With `classes: 1` it is regr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
 
 from mmpeft.encoders import Encoder, load_encoder
 from mmpeft.errors import BadSample, ConfigError, NameNotFound, nearest
 from mmpeft.metrics import load_metric
 from mmpeft.tasks.base import AdapterTask
-from mmpeft.tasks.schedule import Schedule
 
 
 def mean_pool(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,10 +124,11 @@ class ClassificationTask(AdapterTask):
     """Cross-entropy over classes, or mean squared error on one number, with torchmetrics' scores.
 
     Args:
-        model, plan, lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: see `AdapterTask`.
+        model, plan: see `AdapterTask`.
         metrics: out of "accuracy", "f1" (macro), "matthews" for classes; "mse", "pearson", "spearman", "r2" for a number.
             None: accuracy and f1, or pearson and spearman.
         label_smoothing: of the cross-entropy.
+        common: lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: of `AdapterTask`.
     """
 
     model: EncoderClassifier
@@ -139,22 +138,11 @@ class ClassificationTask(AdapterTask):
         model: EncoderClassifier,
         plan: Any = None,
         *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup: float = 0.05,
-        schedule: Schedule = "cosine",
-        final_lr: float = 0.01,
-        adapter: str = "default",
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         metrics: Sequence[str] | None = None,
         label_smoothing: float = 0.0,
-        start_from: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            model, plan, lr=lr, weight_decay=weight_decay, betas=betas, warmup=warmup, schedule=schedule,
-            final_lr=final_lr, adapter=adapter, optimizer=optimizer, start_from=start_from,
-        )  # fmt: skip
+        super().__init__(model, plan, **common)
         self.regression = model.classes == 1
         if not 0 <= label_smoothing < 1 or (label_smoothing and self.regression):
             raise ConfigError(f"label_smoothing is from 0 to below 1, and for classes only; given {label_smoothing}")

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from mmpeft.adapters.state import find_state
+from mmpeft.data.demos.dataset import Demonstrations
 from mmpeft.data.encoding import OnBad
 from mmpeft.data.module import DataModule
 from mmpeft.errors import ConfigError
@@ -63,24 +64,30 @@ class ControlData(DataModule):
     Args:
         train, val: demonstrations (`mmpeft.data.demos.Demonstrations`).
         batch_size, eval_batch_size, workers, shuffle, on_bad, pin_memory, seed: see `DataModule`.
-        cache: folder of the cached frozen prefix; None: no cache. copies, shift: see `PolicySamples`.
+        cache: folder of the cached frozen prefix; None: no cache. copies, shift: of the augmentation, see `PolicySamples`.
+        renderers: processes that draw pictures which are not on disk yet; 0 draws in this one, when each is needed.
     """
 
     def __init__(
         self, train: Dataset | None = None, val: Dataset | None = None, *, batch_size: int = 64,  # type: ignore[type-arg]
         eval_batch_size: int | None = None, workers: int = 0, shuffle: bool = True, on_bad: OnBad = "refuse",
         pin_memory: bool = False, seed: int = 0, cache: str | None = None, copies: int = 4, shift: int = 5,
+        renderers: int = 0,
     ) -> None:  # fmt: skip
+        if renderers < 0:
+            raise ConfigError(f"renderers is a number of processes, 0 or more, given {renderers}")
         super().__init__(
             train, val, batch_size=batch_size, eval_batch_size=eval_batch_size, workers=workers, bucket=False,
             shuffle=shuffle, on_bad=on_bad, pin_memory=pin_memory, seed=seed,
         )  # fmt: skip
-        self.cache, self.copies, self.shift = cache, copies, shift
+        self.cache, self.copies, self.shift, self.renderers = cache, copies, shift, renderers
 
     def prepare(self, policy: Policy) -> None:
-        """Wrap the demonstrations for this policy, and fill the cache."""
+        """Draw the demonstrations' pictures, wrap them for this policy, and fill the cache."""
         for split, data in self.datasets.items():
             if data is not None and not isinstance(data, PolicySamples):
+                if self.renderers and isinstance(data, Demonstrations) and "images" in policy.reads:
+                    data.render(workers=self.renderers)
                 samples = PolicySamples(
                     data, policy, cache=self.cache, copies=self.copies, shift=self.shift, seed=self.seed
                 )
@@ -142,7 +149,7 @@ class ControlTask(AdapterTask):
         self.processor = PolicyProcessor(
             action_dim=skill.actions.dim if skill.actions is not None else self.model.action_dim,
             state_dim=skill.states.dim if skill.states is not None else 0,
-            chunk=self.model.chunk, discrete=self.model.head.discrete,
+            chunk=self.model.chunk, discrete=self.model.head.discrete, shift=getattr(self.trainer.datamodule, "shift", 0),
         )  # fmt: skip
 
     def _carried(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft.data.processor import ConversationProcessor
 from mmpeft.data.samples import Sample, media_parts
@@ -19,7 +20,7 @@ from mmpeft.encoders.cache import FeatureCache, content_id
 from mmpeft.errors import BadSample, ConfigError
 from mmpeft.multimodal import MultimodalLM
 
-CALIBRATION_SAMPLES = 2048  # enough for a mean and a deviation of each channel
+CALIBRATION_TOKENS = 32_768  # enough for a mean and a deviation of each channel
 
 
 def media_of(model: MultimodalLM, dataset: Any) -> dict[str, dict[str, Any]]:
@@ -67,8 +68,15 @@ def calibrate_connectors(
 ) -> None:
     """Start each connector from standardised channels, measured on the training media; see `Connector.calibrate`."""
     for modality, cache in caches.items():
-        tokens = [cache[key] for key in list(train[modality])[:CALIBRATION_SAMPLES]]
-        model.connectors[modality].calibrate(torch.cat(tokens))  # type: ignore[operator]
+        tokens, count = [], 0
+        for key in train[modality]:
+            if tokens and count >= CALIBRATION_TOKENS:
+                break
+            tokens.append(cache[key])  # [T, d_v]
+            count += len(tokens[-1])
+        mask = pad_sequence([torch.ones(len(t), dtype=torch.bool) for t in tokens], batch_first=True)
+        padded = pad_sequence(tokens, batch_first=True)
+        model.connectors[modality].calibrate(padded, None if bool(mask.all()) else mask)  # type: ignore[operator]
 
 
 class CachedProcessor(ConversationProcessor):

@@ -9,10 +9,8 @@ and score the answers with the metrics of `mmpeft.metrics`, overall and by quest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch.optim import Optimizer
 
 from mmpeft.adapters.plan import resolve
 from mmpeft.data.processor import ConversationProcessor
@@ -21,20 +19,20 @@ from mmpeft.metrics import load_metric
 from mmpeft.multimodal import MultimodalLM
 from mmpeft.tasks.base import AdapterTask
 from mmpeft.tasks.features import CachedProcessor, calibrate_connectors, fill_caches, media_of
-from mmpeft.tasks.schedule import Schedule
 
 
 class GenerationTask(AdapterTask):
     """A `MultimodalLM`, a plan, and how its answers are scored.
 
     Args:
-        model, plan, lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: see `AdapterTask`.
+        model, plan: see `AdapterTask`.
         metrics: names out of `mmpeft.metrics`, or name -> options.
         max_new_tokens: longest answer in validation and test.
         feature_cache: folder in which the frozen encoders' tokens are kept, so that each medium is encoded once; None
             encodes in every step. Refused where the plan adapts an encoder.
         row_length: pack each training batch into rows of this many tokens (no attention between samples); None pads.
         calibrate: start the connectors from standardised features (`Connector.calibrate`); needs `feature_cache`.
+        common: lr, weight_decay, betas, warmup, schedule, final_lr, adapter, optimizer, start_from: of `AdapterTask`.
 
     Attributes:
         answers: what the last validation, test or prediction said: {"id", "kind", "answer", "answers", "question"}.
@@ -47,25 +45,14 @@ class GenerationTask(AdapterTask):
         model: MultimodalLM,
         plan: Any = None,
         *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup: float = 0.05,
-        schedule: Schedule = "cosine",
-        final_lr: float = 0.01,
-        adapter: str = "default",
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         metrics: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("exact_match",),
         max_new_tokens: int = 32,
         feature_cache: str | None = None,
         row_length: int | None = None,
         calibrate: bool = False,
-        start_from: str | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            model, plan, lr=lr, weight_decay=weight_decay, betas=betas, warmup=warmup, schedule=schedule,
-            final_lr=final_lr, adapter=adapter, optimizer=optimizer, start_from=start_from,
-        )  # fmt: skip
+        super().__init__(model, plan, **common)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, given {max_new_tokens}")
         if calibrate and feature_cache is None:

@@ -11,6 +11,16 @@ from mmpeft.adapters import detach
 from mmpeft.errors import ConfigError
 
 
+def check_output(folder: str | Path) -> None:
+    """Refuse a folder that holds a model or an adapter, or that is a file."""
+    folder = Path(folder)
+    for name, what in (("model.safetensors", "a model"), ("llm", "a model"), ("adapter.json", "an adapter")):
+        if (folder / name).exists():
+            raise ConfigError(f"{str(folder)!r} holds {what} already; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file; choose a folder")
+
+
 def write_merged(model: nn.Module, folder: str | Path) -> list[Path]:
     """Bake the active adapter into `model` and write it.
 
@@ -21,14 +31,13 @@ def write_merged(model: nn.Module, folder: str | Path) -> list[Path]:
         What was written.
 
     Raises:
-        ConfigError: the folder holds a model already.
+        ConfigError: the folder holds a model or an adapter already.
         Unsupported: the adapter has parts that no weight can hold (bottlenecks, prompts).
     """
     from safetensors.torch import save_model
 
     folder = Path(folder)
-    if (folder / "model.safetensors").exists() or (folder / "llm").exists():
-        raise ConfigError(f"{str(folder)!r} holds a model already; choose another folder")
+    check_output(folder)
     detach(model, bake=True)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "model.safetensors"]

@@ -60,22 +60,26 @@ class MeZO(torch.optim.Optimizer):
         """
         if closure is None:
             raise ConfigError("MeZO.step needs a closure that returns the loss")
-        seen: list[Tensor] = []
-        found: list[tuple[int, float]] = []
-        for _ in range(self.samples):
-            seed, self.seed = self.seed, self.seed + 1
-            self._move(seed, self.eps)
-            up = closure()
-            self._move(seed, -2 * self.eps)
-            down = closure()
-            self._move(seed, self.eps)
-            found.append((seed, float(up - down) / (2 * self.eps)))
-            seen += [up, down]
+        probes = [self.probe(closure) for _ in range(self.samples)]
+        self.apply([(seed, g) for seed, g, _ in probes])
+        return torch.stack([loss for *_, losses in probes for loss in losses]).mean()
+
+    def probe(self, closure: Callable[[], Tensor]) -> tuple[int, float, list[Tensor]]:
+        """(seed, directional gradient, the two losses) of the next perturbation; the parameters are as before."""
+        seed, self.seed = self.seed, self.seed + 1
+        self._move(seed, self.eps)
+        up = closure()
+        self._move(seed, -2 * self.eps)
+        down = closure()
+        self._move(seed, self.eps)
+        return seed, float(up - down) / (2 * self.eps), [up, down]
+
+    def apply(self, found: list[tuple[int, float]]) -> None:
+        """Step along the mean of these perturbations."""
         rates = tuple(float(group["lr"]) for group in self.param_groups)
         for seed, g in found:
-            self.trajectory.append((seed, g / self.samples, rates))
-            self._update(seed, g / self.samples, rates, decay=1 / self.samples)
-        return torch.stack(seen).mean()
+            self.trajectory.append((seed, g / len(found), rates))
+            self._update(seed, g / len(found), rates, decay=1 / len(found))
 
     def replay(self, trajectory: Iterable[tuple[int, float, tuple[float, ...]]], *, samples: int | None = None) -> None:
         """Apply recorded steps to the parameters as they are now (the start of the recorded run)."""

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from mmpeft.adapters import load, read_metadata
-from mmpeft.errors import ConfigError, FileFormatError, require
+from mmpeft.adapters.store import DESCRIPTION, read_description, read_tensors
+from mmpeft.errors import ConfigError, FileFormatError, refusal_in, require
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ def build(recipe: Mapping[str, Any]) -> nn.Module:
         config = parser.parse_object({"model": dict(recipe)})
         model: nn.Module = parser.instantiate_classes(config).model
     except (TypeError, ValueError, AttributeError) as error:
+        if (refused := refusal_in(error)) is not None:
+            raise refused from error
         raise ConfigError(f"the model's config does not build: {error}") from error
     return model
 
@@ -45,6 +48,8 @@ def restore(folder: str | Path, recipe: Mapping[str, Any] | None = None) -> nn.M
         NameNotFound, FileFormatError, BaseMismatch: as `mmpeft.load`.
         FileFormatError: the folder does not say how the model is built, and no recipe is given.
     """
+    if (Path(folder) / DESCRIPTION).exists():
+        read_tensors(Path(folder), read_description(folder))  # a damaged file is refused before a model is built
     recipe = recipe or read_metadata(folder).get("model")
     if recipe is None:
         raise FileFormatError(

@@ -18,6 +18,8 @@ from mmpeft.adapters.peft.format import export_peft, is_peft, load_peft
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore", module="peft")
+boft = pytest.importorskip("peft.tuners.boft.layer")
+boft.get_fbd_cuda = lambda: None  # no attempt to compile its CUDA extension: what peft does where that fails
 warnings.filterwarnings("ignore", module="torch.nn.utils")
 
 
@@ -192,3 +194,31 @@ class Mixed(nn.Module):
 
 def mixed() -> nn.Module:
     return seeded(Mixed)
+
+
+class Even(nn.Module):
+    """One of everything, with sides that blocks of 4 divide: ids [B, T] -> [B, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(13, 8)
+        self.conv1 = nn.Conv1d(8, 12, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.grouped = nn.Conv2d(8, 4, (1, 3), padding=(0, 2), groups=2, dilation=(1, 2))
+        self.conv3 = nn.Conv3d(1, 3, (1, 2, 3), padding=1)
+        self.fused = nn.Linear(12, 24)
+        self.norm = nn.LayerNorm(24)
+        self.gpt = transformers.pytorch_utils.Conv1D(8, 24)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = 2 * self.conv1(self.table(ids).mT)  # [B, 12, T]
+        x = 2 * self.point(2 * self.conv2(x.unflatten(1, (4, 3))))  # [B, 8, 2, T / 2]
+        x = 2 * self.conv3(2 * self.grouped(x).unsqueeze(1)).mean((2, 4)).flatten(1)  # [B, 9]
+        x = torch.nn.functional.pad(x, (0, 3), value=0.5)
+        return self.head(self.gpt(self.norm(self.fused(x))))
+
+
+def even() -> nn.Module:
+    return seeded(Even)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import tempfile
 
@@ -164,6 +165,25 @@ def test_fsdp2_state_dict_and_detach(one_rank):
         with pytest.raises(mmpeft.errors.Unsupported, match=says):
             act()
     assert list(model.state_dict()) == keys and mmpeft.active(model) == ("a",)
+
+
+def test_adapter_files_name_the_plain_model_under_fsdp2_and_ddp(one_rank, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mmpeft.save(model_of(), tmp_path / "plain")
+    sharded = model_of()
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(sharded.linear, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert type(sharded).__name__ == "FSDPNet"
+    mmpeft.save(sharded, tmp_path / "fsdp2")
+    mmpeft.save(nn.parallel.DistributedDataParallel(model_of()), tmp_path / "ddp")
+    mmpeft.save(torch.compile(nn.parallel.DistributedDataParallel(model_of()), backend="eager"), tmp_path / "compiled")
+    for wrapped in ("fsdp2", "ddp", "compiled"):
+        for file in ("adapter.safetensors", "adapter.json"):
+            assert (tmp_path / wrapped / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), (wrapped, file)
+    assert json.loads((tmp_path / "plain/adapter.json").read_text())["base"]["name"] == "Net"
 
 
 def test_deepcopy_of_the_module_under_ddp_is_independent(one_rank):

@@ -11,6 +11,7 @@ from cases import assert_same_object, deltas, fill, snapshot
 from torch import nn
 
 import mmpeft
+from mmpeft.connectors import CFormer, QFormer
 from mmpeft.errors import ConfigError, DeadSite
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -126,6 +127,41 @@ def test_a_key_bias_is_listed_as_invariant(caplog):
     model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**size))
     mmpeft.attach(model, {"**.{q,k,v}_proj": mmpeft.BitFit()})
     assert "does not depend on 1 sites" in caplog.text and "k_proj.bias" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_key_biases_and_nothing_else_are_invariant_in_any_precision(dtype, caplog):
+    """`full` on a whole C-Former and Q-Former: half precision leaves a key bias a gradient like a query's own."""
+    caplog.set_level(logging.INFO, "mmpeft")
+    sizes = dict(in_dim=20, out_dim=24, width=48, depth=2, heads=4, hidden_dim=64)
+    for cls, options in ((CFormer, {"frames_per_token": 3}), (QFormer, {"num_queries": 5})):
+        torch.manual_seed(0)
+        connector = cls(**sizes, **options).to(dtype)
+        caplog.clear()
+        mmpeft.attach(connector, {".": "full"}, example=torch.randn(3, 24, 20).to(dtype))
+        (record,) = [r for r in caplog.records if "does not depend" in r.message]
+        biases = [n for n, _ in connector.named_parameters() if n.endswith("key.bias")]
+        assert set(record.args[2].split(", ")) == set(biases) and record.args[0] == len(biases) > 1
+
+
+class OwnPathWithoutGradients(nn.Module):
+    """Attention that is a fifth larger without gradients, so that the two modes of eval never agree."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        y = nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+        return y if torch.is_grad_enabled() else 1.2 * y
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_has_no_effect_in_any_mode_is_not_dead_in_one(tokens, dtype):
+    """One token attends to itself whatever q and k say; a key bias never matters."""
+    x = torch.randn(3, tokens, 4).to(dtype)
+    mmpeft.attach(OwnPathWithoutGradients().to(dtype), {"{q,k,v}": "full"}, example=x)
 
 
 def test_the_first_real_batch_is_the_example_where_none_is_known():

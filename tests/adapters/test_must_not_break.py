@@ -7,7 +7,21 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SITES, Attention, DirectRead, Experts, Host, Tied, base_output, build, close, deltas, fill
+from cases import (
+    SITES,
+    Attention,
+    DirectRead,
+    Experts,
+    Host,
+    Tied,
+    assert_same_object,
+    base_output,
+    build,
+    close,
+    deltas,
+    fill,
+    snapshot,
+)
 from torch import nn
 
 import mmpeft
@@ -115,6 +129,44 @@ def test_a_call_forms_its_weight_once_with_gradients_too(name, monkeypatch):
     for i in (1, 2):
         model(x).sum().backward()
         assert sorted(map(id, calls)) == sorted(list(map(id, deltas(model))) * i)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("plan", [{"**": mmpeft.LoRA(rank=2)}, {"**.out_proj": mmpeft.LoRA(rank=2)}], ids=["all", "out_proj"])
+@pytest.mark.parametrize("cls", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_what_a_module_reads_below_itself_is_formed_once_a_forward(cls, plan, training, monkeypatch):
+    """MultiheadAttention reads its out_proj's weight twice, an encoder layer all its weights once more; on two layers."""
+    options = dict(dim_feedforward=12, dropout=0.0) if cls is nn.TransformerEncoderLayer else {}
+    call = (lambda m, x: m(x)) if options else (lambda m, x: m(x, x, x)[0])
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(cls(8, 2, batch_first=True, **options) for _ in range(2))
+
+        def forward(self, x):
+            return call(self.layers[1], call(self.layers[0], x))
+
+    model, x = Stack(), torch.randn(3, 5, 8)
+    before = snapshot(model)
+    mmpeft.attach(model, plan, "a", example=x)
+    fill(model)
+    calls = []
+    apply = slot_module.apply
+    monkeypatch.setattr(slot_module, "apply", lambda w, d: calls.append(d.site.name) or apply(w, d))
+    model.train(training)
+    for _ in range(2):
+        calls.clear()
+        model(x).sum().backward()  # and no graph is reused by the next forward
+        assert sorted(calls) == sorted(set(calls))
+        assert {c for c in calls if "out_proj" in c} == {d.site.name for d in deltas(model) if "out_proj" in d.site.name}
+    with torch.no_grad():
+        model(x)
+        calls.clear()
+        model(x)
+    assert not calls
+    mmpeft.detach(model)
+    assert_same_object(before, snapshot(model))
 
 
 def test_forward_keeps_its_signature():

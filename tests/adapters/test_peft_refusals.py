@@ -103,7 +103,7 @@ def test_encoder_layers_are_exported_with_a_warning(tmp_path: Path, caplog: pyte
         ({"fused": mmpeft.LoRA(rank=2), "head": mmpeft.IA3()}, r"mixes lora \(at fused.weight\) and ia3"),
         ({"fused": mmpeft.RoCoFT(rank=1)}, "fused.weight: PEFT has no RoCoFT"),
         ({"fused": mmpeft.LoRA(rank=2), "head": mmpeft.RoCoFT(rank=1)}, "head.weight: PEFT has no RoCoFT"),
-        ({"head.bias": mmpeft.BitFit()}, "head.bias: PEFT trains biases only beside"),
+        ({"conv1.bias": mmpeft.BitFit()}, "conv1.bias: PEFT trains biases of linear layers alone"),
         ({"conv1": mmpeft.IA3()}, "conv1.weight: PEFT has no IA3 for a Conv1d"),
         ({"head.weight": mmpeft.IA3()}, "head.weight: PEFT scales the bias too"),
         ({"conv2": mmpeft.VeRA(rank=2)}, "conv2.weight: PEFT has no VeRA"),
@@ -181,8 +181,13 @@ def test_pickles_and_broken_files_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"peft_type": "LOHA"}, "PEFT type 'LOHA'.*mmpeft reads LORA"),
-        ({"init_lora_weights": "corda"}, "'corda' rewrote the base"),
+        ({"peft_type": "XLORA"}, "PEFT type 'XLORA' has no method here.*mmpeft reads ADALORA"),
+        ({"alora_invocation_tokens": [3, 4]}, r"alora_invocation_tokens=\[3, 4\] changes what the adapter computes"),
+        *[
+            ({"init_lora_weights": i}, f"'{i}' rewrote the base")
+            for i in ("corda", "loftq", "lora_ga", "pissa_niter_4")
+        ],
+        ({"use_qalora": True}, "use_qalora=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"target_modules": ["fused", "head", "norm"]}, "norm: PEFT has no LoRA for a LayerNorm"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Attention, DirectRead, Host, Tied, _new_weight_norm, assert_same_object, deltas, snapshot
+from cases import Attention, DirectRead, Host, Tied, _new_weight_norm, assert_same_object, deltas, fill, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -235,6 +235,58 @@ def test_shapes_that_methods_cannot_take():
     interleaved = nn.ModuleDict({"query_key_value": nn.Linear(6, 18)})
     with pytest.raises(Unsupported, match="interleaves its heads"):
         mmpeft.attach(interleaved, {"query_key_value[q]": LORA})
+
+
+class AnyShape(nn.Module):
+    """Bare parameters of zero to five dimensions, each of which matters to the output."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        for n in range(6):
+            self.register_parameter(f"p{n}", nn.Parameter(torch.randn((2, 3, 2, 3, 2)[:n], generator=g)))
+
+    def forward(self, x):
+        return sum(torch.tanh(x * p.reshape(-1, *(1,) * (x.ndim - 1)).sum(0)) for p in self.parameters_in_use())
+
+    def parameters_in_use(self):
+        return [getattr(self, f"p{n}") for n in range(6)]
+
+
+@pytest.mark.parametrize("plan", [*({f"part.p{n}": "full"} for n in range(6)), {"part": "full"}], ids=str)
+def test_full_takes_a_bare_parameter_of_any_shape(plan, tmp_path):
+    model = nn.ModuleDict({"part": AnyShape()})
+    model.forward = lambda x: model["part"](x)
+    x, before = torch.randn(3, 5), {n: p.clone() for n, p in model.named_parameters()}
+    y = model(x)
+    mmpeft.attach(model, plan, "a", example=x)
+    assert torch.equal(model(x), y)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        p.numel() for n, p in before.items() if n in plan or "part" in plan
+    )
+    fill(model)
+    changed = model(x)
+    changed.sum().backward()
+    assert not torch.allclose(changed, y) and all(d.value.grad.any() for d in deltas(model))
+    with mmpeft.use(model, None):
+        assert torch.equal(model(x), y)
+    mmpeft.save(model, tmp_path)
+    mmpeft.merge(model, check=x)
+    assert torch.equal(model(x), changed)
+    mmpeft.unmerge(model)
+    mmpeft.load(model, tmp_path, "b")
+    mmpeft.stack(model)
+    with torch.no_grad():
+        mmpeft.use(model, "b")
+        assert torch.equal(model(x), changed)
+    mmpeft.detach(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [LORA, mmpeft.IA3(), mmpeft.RoCoFT(rank=1)], ids=lambda m: m.name)
+def test_nothing_but_full_takes_a_tensor_without_a_matrix_view(method):
+    with pytest.raises(Unsupported, match=r"p4 of shape \(2, 3, 2, 3\).*only `full`"):
+        mmpeft.attach(AnyShape(), {"p4": method})
 
 
 def test_roles_are_the_right_rows():

@@ -1,5 +1,6 @@
 """Files: exact round trips, strictness, and a crash at any moment leaves a folder that loads."""
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.adapters import store
-from mmpeft.errors import BaseMismatch, ConfigError, FileFormatError, NameNotFound
+from mmpeft.errors import BaseMismatch, ConfigError, FileFormatError, NameNotFound, Unsupported
 
 PLAN = {"0": mmpeft.LoRA(rank=3), "2": mmpeft.DoRA(rank=2), "4": "full"}
 
@@ -218,3 +219,67 @@ def test_vera_projections_come_from_the_seed(tmp_path):
     other = make()
     mmpeft.load(other, tmp_path)
     assert torch.equal(other(X), model(X))
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "data parallel": nn.DataParallel,
+    "compiled": functools.partial(torch.compile, backend="eager"),
+    "compiled twice over": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+class Pair(nn.Module):
+    """A body whose parts can be wrapped one by one, and a head that `full` trains with its dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make()
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_saved_and_loaded_as_the_plain_one(tmp_path, wrap):
+    torch.manual_seed(3)
+    model = Pair()
+    plan = {"body.{0,2}": mmpeft.LoRA(rank=2), "head": "full"}
+    mmpeft.attach(model, plan, example=torch.randn(3, 7))
+    mmpeft.save(model, tmp_path / "plain")
+    mmpeft.save(wrap(model), tmp_path / "wrapped")
+    for file in ("adapter.safetensors", "adapter.json"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "wrapped" / file).read_bytes()
+    assert json.loads((tmp_path / "wrapped" / "adapter.json").read_text())["base"]["name"] == "Pair"
+    torch.manual_seed(3)
+    fresh = wrap(Pair())
+    mmpeft.load(fresh, tmp_path / "wrapped")
+    assert torch.equal(fresh.eval()(X), model.eval()(X))
+    torch.manual_seed(3)
+    again = wrap(Pair())
+    assert mmpeft.attach(again, plan) is again  # patterns start at the model that is inside
+
+
+def test_parts_that_are_compiled_keep_their_plain_names(tmp_path):
+    torch.manual_seed(3)
+    model = Pair()
+    mmpeft.attach(model, {"body.{0,2}": mmpeft.LoRA(rank=2), "head": "full"}, example=torch.randn(3, 7))
+    mmpeft.save(model, tmp_path / "plain")
+    model.body = torch.compile(model.body, backend="eager")
+    model.head = torch.compile(model.head, backend="eager")
+    mmpeft.save(model, tmp_path / "parts")
+    for file in ("adapter.safetensors", "adapter.json"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    model.train()
+    assert model.head._orig_mod[0].training and not model.body._orig_mod[0].training
+
+
+def test_attaching_inside_ddp_is_refused_by_name():
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):  # a process group is not needed to be refused
+            nn.Module.__init__(self)
+            self.module = module
+
+    with pytest.raises(Unsupported, match="attach first, then wrap"):
+        mmpeft.attach(Wrapped(make()), PLAN)

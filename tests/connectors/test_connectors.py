@@ -259,7 +259,7 @@ def test_trained_in_full_by_an_adapter(name: str) -> None:
         assert torch.equal(model(x), before)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in base.items())
     connector = model.connectors["image"]
-    if connector.input_linear() is not None:
+    if connector.channel_readers():
         with pytest.raises(ConfigError, match="before an adapter"):
             connector.calibrate(x)
 

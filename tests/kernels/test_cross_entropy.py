@@ -150,3 +150,24 @@ def test_wrong_inputs_are_refused(change, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(ConfigError, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("labels_of", ["some", "none", "all"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_kernel_of_a_frozen_head(labels_of, reduction):
+    """The GPU's path for half precision, forced: one kernel over a chunk's logits gives loss and gradient."""
+    from mmpeft.kernels import dispatch
+
+    if not dispatch.triton_installed():
+        pytest.skip("no Triton on this platform")
+    hidden, weight, _, labels = inputs(dtype=torch.float32)
+    labels = {"some": labels, "none": torch.full_like(labels, IGNORE), "all": labels.clamp_min(0)}[labels_of]
+    found = []
+    for backend in ("triton", "reference"):
+        leaf = hidden.clone().requires_grad_()
+        with dispatch.backend(backend):
+            loss = linear_cross_entropy(leaf, weight, labels, chunk_rows=4, reduction=reduction)
+            (1.7 * loss).backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)

@@ -6,7 +6,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import PackedGroup, dispatch, dropout_mask, lowrank_group, lowrank_linear, reference
+from mmpeft.kernels import (
+    PackedGroup,
+    Update,
+    dispatch,
+    dropout_mask,
+    fused_rows,
+    lowrank_group,
+    lowrank_linear,
+    lowrank_updates,
+    reference,
+)
 
 
 def site(rank, n_in=24, n_out=10, *, bias=True, device="cpu", seed=0):
@@ -39,6 +49,44 @@ def test_gradcheck(backend, device):
     W, b, A, B = site(3, n_in=7, n_out=5, device=device)
     x = torch.randn(2, 3, 7, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *t: lowrank_linear(t[0], W, b, *t[1:], 0.5), (x, A, B))
+
+
+def several(device, dropout):
+    """Two adapters on all rows and one on the middle ones, as a fused qkv has them."""
+    W, b, A, B = site(3, device=device)
+    _, _, C, D = site(5, device=device, seed=1)
+    _, _, E, G = site(2, n_out=4, device=device, seed=2)
+    updates = [Update(A, B, 0.7, 0, dropout), Update(C, D, 2.0, 0, 0.0), Update(E, G, 1.0, 3, dropout)]
+    return W, b, updates
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_several_updates_and_a_row_factor(device, dropout, scaled):
+    W, b, updates = several(device, dropout)
+    b = b.requires_grad_()
+    row = torch.rand(10, dtype=torch.float64, device=device, requires_grad=True) if scaled else None
+    x = torch.randn(2, 5, 24, dtype=torch.float64, device=device, requires_grad=True)
+    seed = torch.tensor(7, device=device)
+    inputs = [x, b, *(t for u in updates for t in (u.A, u.B)), *([row] if scaled else [])]
+    want = reference.lowrank_updates(x, W, b, updates, row=row, seed=seed)
+    wanted = gradients(want, *inputs)
+    with dispatch.backend("triton"):
+        y = lowrank_updates(x, W, b, updates, row=row, seed=seed)
+        torch.testing.assert_close(y, want, rtol=1e-6 if dropout else 1e-12, atol=1e-6 if dropout else 1e-11)
+        for got, expected in zip(gradients(y, *inputs), wanted, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4 if dropout else 1e-10, atol=1e-4 if dropout else 1e-9)
+
+
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 130), (300, 40)])
+def test_row_factor_kernels(backend, device, T, N):
+    z, dy = (torch.randn(T, N, device=device) for _ in range(2))
+    row, bias = torch.rand(N, device=device), torch.randn(N, device=device)
+    torch.testing.assert_close(fused_rows.scale(z, row, bias), z * row + bias)
+    torch.testing.assert_close(fused_rows.scale(z, row, None), z * row)
+    dz, drow = fused_rows.scale_backward(dy, z, row)
+    torch.testing.assert_close(dz, dy * row)
+    torch.testing.assert_close(drow, (dy.double() * z.double()).sum(0).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_bias_gradient_only_where_asked(device):
@@ -80,7 +128,7 @@ def test_dropout_mask_is_redrawn_in_the_backward(device):
     seed = torch.tensor(11, device=device)
 
     def op(x, A, B):
-        return torch.ops.mmpeft.lowrank_linear(x, W, b, A, B, 0.7, 0.4, seed)[0]
+        return torch.ops.mmpeft.lowrank_linear(x, W, b, [A], [B], None, [0], [0.7], [0.4], seed)[0]
 
     with dispatch.backend("reference"):  # float64 masks; the Triton mask is compared with it below
         assert torch.autograd.gradcheck(op, (x, A, B))
@@ -192,7 +240,13 @@ def test_compiles_to_one_graph(device):
 def test_operator_contracts(device):
     W, b, A, B = site(3, device=device)
     x = torch.randn(2, 5, 24, dtype=torch.float64, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.mmpeft.lowrank_linear.default, (x, W, b, A, B, 0.7, 0.0, None))
+    C, D = (t.detach().clone().requires_grad_() for t in (A[:2], B[3:7, :2]))
+    row = torch.rand(10, dtype=torch.float64, device=device, requires_grad=True)
+    seed = torch.tensor(3, device=device)
+    op = torch.ops.mmpeft.lowrank_linear.default
+    torch.library.opcheck(op, (x, W, b, [A], [B], None, [0], [0.7], [0.0], None))
+    torch.library.opcheck(op, (x, W, b, [A, C], [B, D], row, [0, 3], [0.7, 2.0], [0.0, 0.3], seed))
+    torch.library.opcheck(op, (x, W, None, [], [], row, [], [], [], None))
     _, group, As, Bs = members(device, (3, 1, 2))
     args = (x, group.buffer, group.bias, As, Bs, group.outs, group.scales, 0.0, None)
     torch.library.opcheck(torch.ops.mmpeft.lowrank_group.default, args)

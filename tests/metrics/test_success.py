@@ -8,7 +8,7 @@ import torch
 
 from mmpeft.errors import ConfigError
 from mmpeft.metrics import load_metric
-from mmpeft.metrics.success import mcnemar_exact, paired_test, wilson_interval
+from mmpeft.metrics.intervals import mcnemar_exact, paired_test, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import ConfigError
+from mmpeft.tasks import FwdLLM
 from mmpeft.tasks.mezo import MeZO
 
 
@@ -95,3 +96,30 @@ def test_bad_values_are_refused(options):
         MeZO([nn.Parameter(torch.zeros(2))], **{"lr": 0.1} | options)
     with pytest.raises(ConfigError, match="closure"):
         MeZO([nn.Parameter(torch.zeros(2))]).step()
+
+
+def test_fwdllm_draws_as_many_perturbations_as_the_variance_asks_for():
+    model, x = adapted()
+    target, start = torch.randn(16, 3), [p.detach().clone() for p in trained(model)]
+    loss = lambda: (model(x) - target).square().mean()  # noqa: E731
+    optimizer = FwdLLM(mmpeft.parameter_groups(model, lr=0.1), eps=1e-3, variance=0.15, least=2, most=40, seed=3)
+    optimizer.step(loss)
+    found = [g * optimizer.samples for _, g, _ in optimizer.trajectory]
+    assert 2 < optimizer.samples < 40 and len(found) == optimizer.samples
+
+    def spread(g):
+        s = torch.tensor(g).double().square()
+        return float(s.var(correction=0) / (len(s) * s.mean() ** 2))
+
+    assert spread(found) <= 0.15 and all(spread(found[:n]) > 0.15 for n in range(2, len(found)))
+    twin = MeZO(mmpeft.parameter_groups(model, lr=0.1), samples=optimizer.samples)
+    with torch.no_grad():
+        ended = [p.detach().clone() for p in trained(model)]
+        for p, w in zip(trained(model), start, strict=True):
+            p.copy_(w)
+    twin.replay(optimizer.trajectory)
+    assert all(torch.allclose(p, w, atol=1e-6) for p, w in zip(trained(model), ended, strict=True))
+    with pytest.raises(ConfigError, match="least 1"):
+        FwdLLM(mmpeft.parameter_groups(model, lr=0.1), least=1)
+    with pytest.raises(ConfigError, match="closure"):
+        optimizer.step()

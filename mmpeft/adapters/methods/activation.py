@@ -11,14 +11,14 @@ LoFiT        Yin et al. 2024, arXiv 2406.01563: offsets for a few attention head
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, vector_tensors, wide, zeros
-from mmpeft.adapters.methods.bottleneck import first_tensor, width_in, width_out
+from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, vector_tensors, zeros
+from mmpeft.adapters.methods.bottleneck import channel_vector, first_tensor, width_in
 from mmpeft.adapters.methods.low_rank import at_least
 from mmpeft.adapters.site import Site, matrix_tensors, own_tensors
 from mmpeft.adapters.state import slots
@@ -59,6 +59,14 @@ class OutputGain(Method):
         """What a weight and its bias have in common."""
         return (self.name, site.path, site.role, bias_of(site.tensor))
 
+    def share(self, name: str, site: Site, context: Context, start: Callable[[], Tensor]) -> Tensors:
+        """The gain `name`: owned by the first of a weight and its bias that asks, seen by the other."""
+        key = self.key(site)
+        if key in context.shared:
+            return Tensors({}, derived={name: context.shared[key]})
+        context.shared[key] = nn.Parameter(start())
+        return Tensors({name: context.shared[key]})
+
 
 @dataclass(frozen=True)
 class Propulsion(OutputGain, name="propulsion"):
@@ -78,11 +86,8 @@ class Propulsion(OutputGain, name="propulsion"):
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
-        if self.key(site) in context.shared:
-            return Tensors({}, derived={"z": context.shared[self.key(site)]})
-        z = torch.ones(*base.shape[:-2], self.vectors, base.shape[-2], dtype=wide(base.dtype), device=base.device)
-        context.shared[self.key(site)] = nn.Parameter(z)
-        return Tensors({"z": context.shared[self.key(site)]})
+        W = base
+        return self.share("z", site, context, lambda: 1 + zeros(*W.shape[:-2], self.vectors, W.shape[-2], like=W))
 
     def gain(self, p: Delta) -> Tensor:
         """prod_j z_j^degree [*, out]."""
@@ -117,13 +122,10 @@ class SSF(OutputGain, name="ssf"):
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
-        if self.key(site) in context.shared:
-            return Tensors(
-                {"beta": zeros(base.shape[-1], like=base)}, derived={"gamma": context.shared[self.key(site)]}
-            )
         n = base.shape[0] if base.ndim == 1 else base.shape[-2]
-        context.shared[self.key(site)] = nn.Parameter(torch.ones(n, dtype=wide(base.dtype), device=base.device))
-        return Tensors({"gamma": context.shared[self.key(site)]})
+        W = base
+        made = self.share("gamma", site, context, lambda: 1 + zeros(n, like=W))
+        return made if made.trained else replace(made, trained={"beta": zeros(base.shape[-1], like=base)})
 
     def factors(self, W: Tensor, p: Delta) -> Factors | None:
         return Factors(row=p.gamma)
@@ -136,9 +138,8 @@ class SSF(OutputGain, name="ssf"):
 
 
 @dataclass(frozen=True)
-class RED(Method, name="red"):
-    """Representation editing, `y' = l * y + b` around a call (arXiv 2402.15179; there, after every feed-forward); l 1,
-    b 0 at the start; 2 width parameters.
+class ChannelEdit(Method):
+    """Call methods on the channels a module gives.
 
     Args:
         dim: channel width, where it cannot be read off the module's own layers.
@@ -147,12 +148,18 @@ class RED(Method, name="red"):
     dim: int | None = None
     kind = "call"
 
+    def channels(self, site: Site, context: Context) -> Tensor:
+        """Zeros [channels]."""
+        return channel_vector(self.dim, site, context.module)
+
+
+@dataclass(frozen=True)
+class RED(ChannelEdit, name="red"):
+    """Representation editing, `y' = l * y + b` around a call (arXiv 2402.15179; there, after every feed-forward); l 1,
+    b 0 at the start; 2 width parameters."""
+
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        width = self.dim or width_out(context.module)
-        if width is None:
-            raise ConfigError(f"the width of {site.path} ({type(context.module).__name__}) is not known; pass dim=")
-        like = next(context.module.parameters(), torch.empty(0))
-        b = zeros(width, like=like)
+        b = self.channels(site, context)
         return Tensors({"l": torch.ones_like(b), "b": b})
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

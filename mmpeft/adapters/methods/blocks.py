@@ -86,24 +86,48 @@ class MiSS(Ranked, name="miss", aliases=("bone",)):
     """Matrix shard sharing, `W'_ij = W_ij + D_i(j mod rank)`: the shard D [out, rank], 0 at the start, repeated along
     the input (arXiv 2409.15371). As a pair, B is D and A a row of identity blocks. rank out parameters.
 
+    With `bat` (the paper's block affine form), the update depends on W: in blocks of rank x rank, block (i, j) gets
+    W_ij D_i + D_i, D [out / rank, rank, rank]. As many parameters.
+
     Args:
-        rank: width of the shard, at most min(out, in).
-        dropout: on the adapter's input, in training.
+        rank: width of the shard, at most min(out, in); with `bat` it divides both.
+        dropout: on the adapter's input, in training; not with `bat`, whose W' is formed.
+        bat: the block affine form.
     """
 
     rank: int = 64
     dropout: float = 0.0
+    bat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dropout(self.dropout)
+        if self.bat and self.dropout:
+            raise ConfigError(f"dropout {self.dropout} with bat=True; its update depends on W, so no input is dropped")
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.bat:
+            check_divides("rank", site.shape[-2], self.rank, "rows", site)
+            check_divides("rank", site.shape[-1], self.rank, "columns", site)
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
-        *stack, out, _ = base.shape
-        return Tensors({"D": zeros(*stack, out, self.rank, like=base)})
+        (*stack, out, _), r = base.shape, self.rank
+        return Tensors(
+            {"D": zeros(*stack, out // r, r, r, like=base) if self.bat else zeros(*stack, out, r, like=base)}
+        )
+
+    def weight(self, W: Tensor, p: Delta) -> Tensor:
+        if not self.bat:
+            return super().weight(W, p)
+        blocks = W.unflatten(-2, (-1, self.rank)).unflatten(-1, (-1, self.rank)).transpose(-3, -2)
+        turned: Tensor = blocks @ p.D.unsqueeze(-3) + p.D.unsqueeze(-3)  # [*, out / r, in / r, r, r]
+        return W + turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
     def factors(self, W: Tensor, p: Delta) -> Factors | None:
+        if self.bat:
+            return None
         into, r = W.shape[-1], self.rank
         tiled = torch.eye(r, dtype=p.D.dtype, device=p.D.device).repeat(1, -(-into // r))[:, :into]
         return Factors(tiled.expand(*W.shape[:-2], r, into), p.D)

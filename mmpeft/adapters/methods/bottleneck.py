@@ -15,15 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Context, Delta, Method, Tensors, wide
+from mmpeft.adapters.method import Context, Delta, Method, Tensors, wide, zeros
 from mmpeft.adapters.site import Site
 from mmpeft.errors import ConfigError
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
     def __post_init__(self) -> None:
         if (self.size is not None and self.size < 1) or self.reduction < 1:
             raise ConfigError(f"size {self.size}, reduction {self.reduction}; expected at least 1")
-        if self.activation not in _ACTIVATIONS:
-            raise ConfigError(f"activation {self.activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout}; expected 0 <= dropout < 1")
 
@@ -60,9 +61,7 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
         return width_out(module)
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        width = self.dim or self.width(context.module)
-        if width is None:
-            raise ConfigError(f"the width of {site.path} ({type(context.module).__name__}) is not known; pass dim=")
+        width = known_width(self.dim or self.width(context.module), site, context.module)
         like = next(context.module.parameters(), None)
         dtype, device = (wide(like.dtype), like.device) if like is not None else (None, None)
         inner = self.size or max(1, width // self.reduction)
@@ -87,7 +86,7 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
             )
         h = x.movedim(1, -1) if channels_first else x
         weights = [w.to(h.dtype) for w in (p.down_weight, p.down_bias, p.up_weight, p.up_bias)]
-        h = _ACTIVATIONS[self.activation](F.linear(h, weights[0], weights[1]))
+        h = ACTIVATIONS[self.activation](F.linear(h, weights[0], weights[1]))
         h = F.dropout(h, self.dropout, p.training)
         h = self.scale * F.linear(h, weights[2], weights[3])
         return h.movedim(-1, 1) if channels_first else h
@@ -133,6 +132,19 @@ def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
         return output.last_hidden_state, put
     raise ConfigError(f"a call that returns {type(output).__name__} has no main tensor to adapt")
+
+
+def known_width(width: int | None, site: Site, module: nn.Module) -> int:
+    """`width`, refused where it could not be read off the module."""
+    if width is None:
+        raise ConfigError(f"the width of {site.path} ({type(module).__name__}) is not known; pass dim=")
+    return width
+
+
+def channel_vector(dim: int | None, site: Site, module: nn.Module) -> Tensor:
+    """Zeros [channels a call gives], beside the module's own parameters."""
+    like = next(module.parameters(), torch.empty(0))
+    return zeros(known_width(dim or width_out(module), site, module), like=like)
 
 
 def width_in(module: nn.Module) -> int | None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Tensors
-from mmpeft.adapters.methods.bottleneck import _ACTIVATIONS, Bottleneck
+from mmpeft.adapters.methods.bottleneck import ACTIVATIONS, Bottleneck
 from mmpeft.adapters.site import Site
 from mmpeft.errors import ConfigError
 
@@ -72,7 +72,7 @@ class ConvAdapter(Bottleneck, name="conv_adapter"):
         down, down_bias, conv, conv_bias, up, up_bias = (
             t.to(x.dtype) for t in (p.down_weight, p.down_bias, p.conv_weight, p.conv_bias, p.up_weight, p.up_bias)
         )
-        act = _ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if x.ndim == 4 and x.shape[1] == width:
             h = act(F.conv2d(x, down[:, :, None, None], down_bias))
             h = act(F.conv2d(h, conv, conv_bias, padding=self.kernel // 2, groups=conv.shape[0]))

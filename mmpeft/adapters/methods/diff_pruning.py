@@ -22,13 +22,13 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.attach import attach, detach
+from mmpeft.adapters.attach import detach
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
-from mmpeft.adapters.methods.sparse import Sparse, exact, settle, sparse_deltas
-from mmpeft.adapters.plan import Plan, Rule
+from mmpeft.adapters.methods.sparse import Sparse, attach_placed, exact, sparse_deltas
+from mmpeft.adapters.plan import Rule
 from mmpeft.adapters.selection.criteria import top
 from mmpeft.adapters.site import Site
-from mmpeft.adapters.state import slots, state_of
+from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
 
 LOW, HIGH = -1.5, 1.5  # the stretched interval of the paper
@@ -73,13 +73,23 @@ def gate(location: Tensor) -> Tensor:
     return (torch.sigmoid(location) * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
+@torch.no_grad()
+def draw_noise(noise: Tensor, generator: torch.Generator) -> None:
+    """Fill a tensor with logistic noise."""
+    noise.copy_(torch.logit(torch.rand(noise.shape, generator=generator).clamp(1e-6, 1 - 1e-6)))
+
+
+def probability_open(location: Tensor) -> Tensor:
+    """The chance that a gate is not 0."""
+    return torch.sigmoid(location - log(-LOW / HIGH))
+
+
 class DiffGates:
     """Draws, penalises and finally hardens the gates of a DiffPruning adapter."""
 
     def __init__(self, model: nn.Module, name: str = "default", *, seed: int = 0) -> None:
-        state_of(model).check_names([name])
         self.model, self.name = model, name
-        found = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,))]
+        found = sites_of(model, Method, name)
         self.deltas = [d for d in found if isinstance(d.method, DiffPruning)]
         if not self.deltas or len(self.deltas) < len(found):
             raise ConfigError(
@@ -93,17 +103,15 @@ class DiffGates:
         for d in self.deltas:
             for n, p in d.named_parameters():
                 if n.startswith("noise"):
-                    u = torch.rand(p.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
-                    p.copy_(torch.logit(u))
+                    draw_noise(p, self.generator)
 
     def penalty(self) -> Tensor:
         """Expected number of non-zero entries of all deltas."""
-        shift = log(-LOW / HIGH)
         total = torch.zeros(())
         for d in self.deltas:
-            open_ = torch.sigmoid(d.alpha - shift)
+            open_ = probability_open(d.alpha)
             if "alpha_group" in d._parameters:
-                open_ = open_ * torch.sigmoid(d.alpha_group - shift)
+                open_ = open_ * probability_open(d.alpha_group)
             total = total.to(open_) + open_.sum()
         return total
 
@@ -125,9 +133,8 @@ class DiffGates:
             Rule(exact(d.site), (Sparse(count=len(places[d.site.name])),)) for d in self.deltas if d.site.name in places
         ]
         detach(self.model, self.name)
-        attach(self.model, Plan(tuple(rules)), self.name, check=False)
+        attach_placed(self.model, rules, places, name=self.name, check=False)
         with torch.no_grad():
             for d in sparse_deltas(self.model, self.name):
-                settle(d, places[d.site.name])
                 d.value.copy_(final[d.site.name].flatten()[places[d.site.name]])
         return self.model

@@ -1,7 +1,7 @@
 """Updates made of Kronecker products: few numbers, yet of full rank, since rank(A (x) B) = rank A * rank B.
 
-    KronA        Edalati et al. 2022, arXiv 2212.10650: one product, W' = W + s A (x) B. (Its KronA-B and KronA-res,
-                 parallel bottlenecks, are not built.)
+    KronA        Edalati et al. 2022, arXiv 2212.10650: one product, W' = W + s A (x) B. (Its KronA-B and KronA-res
+                 are in `krona_adapter.py`.)
     LoKr         Yeh et al. 2023 (LyCORIS), arXiv 2309.14859: W' = W + s C (x) D with C and D themselves low-rank where
                  large.
     KAdaptation  He et al. 2023, arXiv 2203.16329: a sum of t products, W' = W + sum_j A_j (x) (u_j v_j), the A_j shared

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, check_rank, wide, zeros
 from mmpeft.adapters.site import Site
 from mmpeft.errors import ConfigError, Unsupported
+from mmpeft.kernels.dora import RowNorms
 
+NORMS = RowNorms()
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 
 
@@ -86,11 +88,19 @@ class LoRA(Method, name="lora"):
 
 
 @dataclass(frozen=True)
+class LoRAPlus(LoRA, name="lora+", aliases=("lora++", "loraplus")):
+    """LoRA+ (arXiv 2402.12354): LoRA whose B learns `lr_ratio` times as fast as A, that is `LoRA(lr_ratio=16)` under
+    its own name. The survey's "LoRA++", which it takes for a remedy against forgetting."""
+
+    lr_ratio: float = 16.0
+
+
+@dataclass(frozen=True)
 class DoRA(LoRA, name="dora"):
     """Weight-decomposed LoRA, `W' = m * (W + s B A) / ||W + s B A||`, norms per output row, m starts at ||W||
     (arXiv 2402.09353). The norm is a constant of the backward, as in section 4.3 of the paper.
 
-    The norm never forms B A: ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, row by row.
+    The norm never forms B A, and is formed once an optimizer step (`kernels.dora`).
     """
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
@@ -101,21 +111,12 @@ class DoRA(LoRA, name="dora"):
 
     def factors(self, W: Tensor, p: Delta) -> Factors:
         f = super().factors(W, p)
-        with torch.no_grad():
-            norm = _row_norm(W.to(p.m.dtype), f)
+        assert f.A is not None and f.B is not None
+        norm = NORMS.of(p, W, f.A.detach(), f.B.detach(), f.scale, [getattr(p, n) for n in p.saved if n != "m"])
         return Factors(f.A, f.B, f.scale, row=p.m / norm)
 
     def lr_ratio_of(self, parameter: str) -> float:
         return self.lr_ratio if parameter == "B" else 1.0
-
-
-def _row_norm(W: Tensor, f: Factors) -> Tensor:
-    """Row norms of W + s B A; W [*, out, in], A [*, r, in], B [*, out, r] -> [*, out]."""
-    assert f.A is not None and f.B is not None
-    cross = (W @ f.A.mT * f.B).sum(-1)
-    square = (f.B @ (f.A @ f.A.mT) * f.B).sum(-1)
-    total = W.square().sum(-1) + 2 * f.scale * cross + f.scale**2 * square
-    return total.clamp_min(torch.finfo(W.dtype).tiny).sqrt()
 
 
 @dataclass(frozen=True)

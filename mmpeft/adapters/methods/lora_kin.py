@@ -84,9 +84,9 @@ class LoRAXS(LowRank, name="lora-xs", aliases=("loraxs",)):
 
 
 @dataclass(frozen=True)
-class MoSLoRA(LowRank, name="moslora"):
+class MoSLoRA(LowRank, name="moslora", aliases=("mole",)):
     """Mixture of subspaces, `W' = W + alpha / rank * B M A` with a trained mixer M [rank, rank] (arXiv 2406.11909);
-    rank (in + out) + rank^2 parameters.
+    rank (in + out) + rank^2 parameters. The survey's "MoLE", which is another paper's name.
 
     Args:
         mixer: start of M, "orthogonal" or "kaiming" (the paper's two best).
@@ -251,16 +251,19 @@ class DeLoRA(LowRank, name="delora"):
 @dataclass(frozen=True)
 class RandLoRA(LowRank, name="randlora"):
     """`W' = W + alpha / rank * sum_j B_j diag(lambda_j) A diag(gamma_j)` over ceil(min(out, in) / rank) frozen random
-    pairs, so the update has full rank (arXiv 2502.00987). A [rank, min] and B_j [max, rank] are drawn from `seed` for
-    each size and are not in the file; where out < in the whole sum is transposed, so that gamma is on the smaller side.
+    pairs, so the update has full rank (arXiv 2502.00987). A [rank, min] and B [n, max, rank] are drawn from `seed` at
+    the largest sizes among the rule's sites and not in the file, unless `save_projection` keeps them there (for bases
+    that came from elsewhere); where out < in the whole sum is transposed, so that gamma is on the smaller side.
     Trained: lambda [n, rank] from 0 and gamma [n, min] from 1 / max(n, min) (HF PEFT's start); n (rank + min)
     parameters.
 
-    Choice: entries N(0, 1), as the paper's appendix and HF PEFT normalise them; every size of matrix has its own draw.
+    Choice: entries N(0, 1), as the paper's appendix and HF PEFT normalise them. A smaller site takes leading rows and
+    the first n rank columns of B in the order (rank, n), as HF PEFT does.
     """
 
     rank: int = 32
     seed: int = 0
+    save_projection: bool = False
 
     def check(self, site: Site) -> None:
         check_matrix(self, site)
@@ -268,21 +271,27 @@ class RandLoRA(LowRank, name="randlora"):
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
-        small, large, r = min(base.shape), max(base.shape), self.rank
+        r, small = self.rank, min(base.shape)
         n = -(-small // r)
-        key = (self.name, self.seed, r, small, large)
-        if key not in context.shared:
+        sides = sorted((max(s.shape[0] for s in context.sites), max(s.shape[1] for s in context.sites)))
+        key = (self.name, self.seed, r, *sides)
+        first = key not in context.shared
+        if first:
             generator = torch.Generator("cpu").manual_seed(self.seed)
-            A = seeded_normal(r, small, like=base, generator=generator)
-            B = seeded_normal(n, large, r, like=base, generator=generator)
+            A = seeded_normal(r, sides[0], like=base, generator=generator)
+            B = seeded_normal(-(-sides[0] // r), sides[1], r, like=base, generator=generator)
             context.shared[key] = nn.Parameter(A, False), nn.Parameter(B, False)
         A, B = context.shared[key]
         gamma = torch.full((n, small), 1 / max(n, small), dtype=wide(base.dtype), device=base.device)
-        return Tensors({"lambda_": zeros(n, r, like=base), "gamma": gamma}, derived={"A": A, "B": B})
+        saved = {"A": A, "B": B} if first and self.save_projection else {}  # shared by all sites, saved by one
+        derived = {} if saved else {"A": A, "B": B}
+        return Tensors({"lambda_": zeros(n, r, like=base), "gamma": gamma}, frozen=saved, derived=derived)
 
     def factors(self, W: Tensor, p: Delta) -> Factors | None:
-        A = (p.lambda_.unsqueeze(-1) * p.A * p.gamma.unsqueeze(1)).flatten(0, 1)  # [n rank, min]
-        B = p.B.transpose(0, 1).flatten(1)  # [max, n rank]
+        n, small = p.gamma.shape
+        pairs = p.lambda_.mT.unsqueeze(-1) * p.A[:, None, :small] * p.gamma  # [rank, n, min]
+        A = pairs.flatten(0, 1)
+        B = p.B.permute(1, 2, 0).flatten(1)[: max(W.shape), : n * self.rank]  # [max, rank n]
         return Factors(A, B, self.scale) if W.shape[0] >= W.shape[1] else Factors(B.mT, A.mT, self.scale)
 
     def flops(self, site: Site, tensors: Mapping[str, Tensor]) -> int:

@@ -116,7 +116,7 @@ def mask_ensemble(model: nn.Module, predict: Callable[[], Tensor], *, samples: i
 
 
 @dataclass(frozen=True)
-class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclora")):
+class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclora", "predict-lora")):
     """`W' = W + alpha / rank * (B A + sum_k B_k A_k)`: one pair is trained, the pairs of earlier stages are unloaded
     beside W (arXiv 2402.16141); rank (in + out) trained parameters, stages times as many kept. The survey's "Predict
     LoRA".

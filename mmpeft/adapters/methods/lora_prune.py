@@ -119,18 +119,23 @@ class LoRAPruner:
 
     def importance(self, name: str) -> Tensor:
         """This step's scores of a site's groups [groups]."""
-        owner, d = self.sites[name]
-        assert isinstance(d.method, LoRAPrune) and d.site.layout is not None
+        _, d = self.sites[name]
+        assert isinstance(d.method, LoRAPrune)
         if d.A.grad is None or d.B.grad is None:
             raise ConfigError(f"{name} has no gradient; call step after backward and before zero_grad")
-        stored = owner._parameters[d.site.tensor]
-        assert stored is not None
-        W = slice_rows(d.site.layout.to_matrix(stored.detach()), d.site.rows).to(d.A.dtype)
+        W = self.stored(name)
         G = d.B.grad @ d.A + d.B @ d.A.grad - d.B.grad @ d.A.grad
         scale = d.method.scale
         entries: Tensor = (scale * G * (W + scale * d.B @ d.A)).square()
         units = entries.sum(1 if d.method.axis == "rows" else 0)
         return units.view(-1, d.method.group).sum(1)
+
+    def stored(self, name: str) -> Tensor:
+        """A site's base weight [out, in], in the adapter's dtype."""
+        owner, d = self.sites[name]
+        stored = owner._parameters[d.site.tensor]
+        assert stored is not None and d.site.layout is not None
+        return slice_rows(d.site.layout.to_matrix(stored.detach()), d.site.rows).to(d.A.dtype)
 
     @torch.no_grad()
     def step(self) -> float:

@@ -38,6 +38,16 @@ def cayley(Q: Tensor) -> Tensor:
     return R
 
 
+def neumann(Q: Tensor, terms: int) -> Tensor:
+    """`cayley` without its inverse: (I + Q)(I + Q + ... + Q^(terms - 2)), `terms` powers of Q (OFTv2, arXiv 2506.19847).
+    Close to a rotation while Q is small."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    series = eye.expand_as(Q)
+    for _ in range(terms - 2):
+        series = eye + Q @ series
+    return series + Q @ series
+
+
 @dataclass(frozen=True)
 class OFT(Method, name="oft"):
     """`W' = W R`, R block-diagonal of b x b rotations (I + Q)(I - Q)^-1 with Q skew-symmetric, 0 at the start (arXiv
@@ -48,12 +58,15 @@ class OFT(Method, name="oft"):
         share: one block for all.
         eps: COFT, the constrained form: every Q is kept in a ball of Frobenius radius eps / sqrt(blocks); None: free.
         side: "in" as in the paper; "out" is `W' = R W`, what an embedding needs (its columns are vocabulary).
+        neumann: number of terms of a Neumann series in place of the inverse (OFTv2, arXiv 2506.19847; HF PEFT's default
+            is 5), at least 2; None: exact.
     """
 
     block_size: int = 32
     share: bool = False
     eps: float | None = None
     side: Literal["in", "out"] = "in"
+    neumann: int | None = None
     mixes = False
 
     def __post_init__(self) -> None:
@@ -61,6 +74,8 @@ class OFT(Method, name="oft"):
         one_of("side", self.side, ("in", "out"))
         if self.eps is not None and self.eps <= 0:
             raise ConfigError(f"eps {self.eps}; expected a positive radius, or None")
+        if self.neumann is not None and self.neumann < 2:
+            raise ConfigError(f"neumann {self.neumann}; expected at least 2 terms, or None")
 
     def check(self, site: Site) -> None:
         size, side = (site.shape[-1], "columns") if self.side == "in" else (site.shape[-2], "rows")
@@ -78,7 +93,8 @@ class OFT(Method, name="oft"):
             radius = self.eps / Q.shape[-3] ** 0.5
             norm = torch.linalg.matrix_norm(Q, keepdim=True)
             Q = Q * (radius / norm.clamp_min(torch.finfo(Q.dtype).tiny)).clamp_max(1)
-        return turn(W, cayley(Q)) if self.side == "in" else turn(W.mT, cayley(Q).mT).mT
+        R = cayley(Q) if self.neumann is None else neumann(Q, self.neumann)
+        return turn(W, R) if self.side == "in" else turn(W.mT, R.mT).mT
 
 
 def turn(W: Tensor, R: Tensor) -> Tensor:

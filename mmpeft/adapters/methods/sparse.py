@@ -5,7 +5,7 @@
     PaFi           Liao et al. 2023, arXiv 2305.16742: the smallest weights; no data
     ChildTuningD   Xu et al. 2021, arXiv 2109.05687: Fisher too, at a larger share (its other form, F, is `ChildMask`)
     LTSFT          Ansell et al. 2022, arXiv 2110.07560: the entries that full fine-tuning changed most, rewound
-    UBitFit        single bias entries; FAR, NEFT  whole rows that a priming run changed or turned most
+    UBitFit        Lawton et al. 2023, arXiv 2305.16597: single bias entries
 
 The base never moves, so masks cost no dense optimizer state. Which entries: the method's criterion (`criteria.py`).
 Those that need no data are chosen when the adapter attaches, per site; the others, and shares of the whole model, by
@@ -14,9 +14,9 @@ Those that need no data are chosen when the adapter attaches, per site; the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mmpeft.adapters.attach import attach, detach
 from mmpeft.adapters.example import example_of
 from mmpeft.adapters.liveness import prove
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, wide, zeros
-from mmpeft.adapters.methods.low_rank import check_matrix, one_of, site_seed
+from mmpeft.adapters.methods.low_rank import site_seed
 from mmpeft.adapters.methods.selective import BitFit
 from mmpeft.adapters.plan import Plan, PlanLike, Rule, Target, resolve
 from mmpeft.adapters.probe import as_call
@@ -200,6 +200,19 @@ def attach_selected(
                 counted = replace(method, count=len(picked[site.name]))
                 rules.append(Rule(exact(site), (counted,), rule.lr, rule.weight_decay))
                 chosen[site.name] = picked[site.name]
+    return attach_placed(model, rules, chosen, name=name, example=example, check=check)
+
+
+def attach_placed(
+    model: nn.Module,
+    rules: Iterable[Rule],
+    chosen: Mapping[str, Tensor],
+    *,
+    name: str,
+    example: Any = None,
+    check: bool = True,
+) -> nn.Module:
+    """`attach` for exact rules of `Sparse` sites, each with its places (by site name)."""
     attach(model, Plan(tuple(rules)), name, example=example, check=False)
     for delta in sparse_deltas(model, name):
         settle(delta, chosen[delta.site.name])
@@ -254,62 +267,3 @@ class UBitFit(Sparse, name="u-bitfit", aliases=("ubitfit",)):
 
     def tensors(self, path: str, module: nn.Module) -> list[str]:
         return BitFit().tensors(path, module)
-
-
-@dataclass(frozen=True)
-class SparseRows(Sparse, name="sparse-rows"):
-    """`W' = W + delta` on whole rows (output units) or columns of each weight, chosen by the sum of their entries'
-    scores (RoCoFT with any criterion). One matrix a site.
-
-    Args:
-        axis: "rows" or "columns".
-    """
-
-    density: float = 0.05
-    axis: Literal["rows", "columns"] = "rows"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("axis", self.axis, ("rows", "columns"))
-
-    def check(self, site: Site) -> None:
-        check_matrix(self, site)
-        super().check(site)
-
-    def size(self, site: Site) -> int:
-        return site.shape[0 if self.axis == "rows" else 1]
-
-    def scores(self, evidence: Evidence) -> Tensor:
-        return super().scores(evidence).sum(1 if self.axis == "rows" else 0)
-
-    def values(self, k: int, base: Tensor) -> Tensor:
-        return zeros(k, base.shape[1], like=base) if self.axis == "rows" else zeros(base.shape[0], k, like=base)
-
-    def put(self, W: Tensor, p: Delta) -> Tensor:
-        return W.index_add(0 if self.axis == "rows" else 1, p.index, p.value)
-
-
-@dataclass(frozen=True)
-class FAR(SparseRows, name="far"):
-    """Freeze and reconfigure (Vucetic et al. 2022, arXiv 2205.01541): the nodes of the feed-forward layers whose
-    weights a priming epoch changed most, by L1 norm, learn on. The paper permutes them into a sub-layer of their own;
-    the function is the same. Attach with `attach_selected(model, plan, trained=...)`, the weights after the priming
-    epoch."""
-
-    density: float = 0.4
-    criterion: str = "change"
-
-
-@dataclass(frozen=True)
-class NEFT(SparseRows, name="neft"):
-    """Neuron-level fine-tuning (Xu et al. 2024, arXiv 2403.11621): the rows that a full probe run turned most, by the
-    cosine between a row before and after. Attach with `attach_selected(model, plan, trained=...)`."""
-
-    criterion: str = "change"
-
-    def scores(self, evidence: Evidence) -> Tensor:
-        if evidence.start is None:
-            raise ConfigError("NEFT compares rows with their start: pass trained=")
-        return -torch.nn.functional.cosine_similarity(
-            evidence.value, evidence.start, dim=1 if self.axis == "rows" else 0
-        )

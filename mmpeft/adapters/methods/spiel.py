@@ -1,8 +1,10 @@
 """SpIEL: a sparse delta of fixed size whose places move (Ansell et al. 2024, arXiv 2401.16405).
 
-Drop the entries that changed least since the last move, grow as many where the accumulated gradient of the dense weight
-is largest. This is the AG form; the MA form estimates that gradient from an optimizer's momentum, which the gradient
-itself makes unnecessary here, since `criteria.gather` never holds more than one dense gradient a site.
+Every so often the entries that changed least since the last move are dropped and as many are grown elsewhere:
+
+    SpIEL      -AG: where the accumulated gradient of the dense weight is largest; needs a few dense gradients
+    SpIELMA    -MA: where the optimizer's own estimate is largest; `SM3` keeps one number a row and one a column, and
+               min(row, column) bounds what an entry would have accumulated. Nothing dense is differentiated.
 """
 
 from __future__ import annotations
@@ -12,25 +14,38 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Context, Tensors
-from mmpeft.adapters.methods.sparse import Sparse, sparse_deltas
+from mmpeft.adapters.method import Context, Delta, Tensors
+from mmpeft.adapters.methods.sparse import Sparse
 from mmpeft.adapters.plan import Target
 from mmpeft.adapters.selection.criteria import Losses, criterion, gather
+from mmpeft.adapters.selection.sm3 import SM3
 from mmpeft.adapters.site import Site
+from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class SpIEL(Sparse, name="spiel", aliases=("spiel-ag",)):
-    """SpIEL-AG (arXiv 2401.16405): a sparse delta of fixed size whose places move. It starts at random; every so often
-    `spiel_step` drops the entries that changed least since the last time (their values go back to 0) and grows as many
-    where the accumulated gradient of the dense weight is largest, at value 0."""
+class Moving(Sparse):
+    """A sparse delta that remembers its values at the last move, to tell which changed least."""
 
     density: float = 0.01
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         made = super().init(site, base, context)
         return replace(made, frozen={**made.frozen, "before": made.trained["value"].clone()})
+
+
+@dataclass(frozen=True)
+class SpIEL(Moving, name="spiel", aliases=("spiel-ag",)):
+    """SpIEL-AG (arXiv 2401.16405): a sparse delta of fixed size whose places move. It starts at random; every so often
+    `spiel_step` drops the entries that changed least since the last time (their values go back to 0) and grows as many
+    where the accumulated gradient of the dense weight is largest, at value 0."""
+
+
+@dataclass(frozen=True)
+class SpIELMA(Moving, name="spiel-ma", aliases=("spielma",)):
+    """SpIEL-MA (arXiv 2401.16405): a sparse delta of fixed size whose places move to where the momenta that `SM3`
+    approximates by rows and columns are largest; `spiel_ma_step` moves them."""
 
 
 @torch.no_grad()
@@ -49,29 +64,43 @@ def spiel_step(
         share: of the entries, 0 to 1; the paper anneals it to 0.
         optimizer: its state of the moved entries is set to 0.
     """
+    deltas: list[Delta] = sites_of(model, SpIEL, name)
+    modules = dict(model.named_modules())
+    evidence = gather(model, [Target(0, d.method, d.site, modules[d.site.path]) for d in deltas], losses)
+    return sum(_move(d, criterion("gradient")(evidence[d.site.name]), share, optimizer) for d in deltas)
+
+
+@torch.no_grad()
+def spiel_ma_step(model: nn.Module, optimizer: SM3, share: float, *, name: str = "default") -> int:
+    """Move the `share` of every SpIEL-MA site's entries to where `optimizer` estimates the largest momenta; returns how
+    many moved.
+
+    Raises:
+        ConfigError: the optimizer has made no step with a site yet.
+    """
+    deltas: list[Delta] = sites_of(model, SpIELMA, name)
+    return sum(_move(d, optimizer.estimate(d.value), share, optimizer) for d in deltas)
+
+
+def _move(d: Delta, dense: Tensor, share: float, optimizer: torch.optim.Optimizer | None) -> int:
+    """Move a share of one site's entries to the largest scores of the dense matrix [*, out, in]."""
     if not 0 <= share <= 1:
         raise ConfigError(f"share {share}; expected 0 <= share <= 1")
-    deltas = [d for d in sparse_deltas(model, name) if isinstance(d.method, SpIEL)]
-    modules = dict(model.named_modules())
-    targets = [Target(0, d.method, d.site, modules[d.site.path]) for d in deltas]
-    evidence = gather(model, targets, losses)
-    moved = 0
-    for d in deltas:
-        n = round(share * len(d.index))
-        drop = (d.value - d.before).abs().argsort()[:n]
-        score = criterion("gradient")(evidence[d.site.name]).flatten().clone()
-        score[d.index] = -1  # what is trained already is no candidate, the dropped included
-        grow = score.topk(n).indices
-        d.index[drop] = grow.to(d.index)
-        d.value[drop] = 0
-        for state in [optimizer.state[d.value]] if optimizer is not None and d.value in optimizer.state else []:
-            for t in state.values():
-                if isinstance(t, Tensor) and t.shape == d.value.shape:
-                    t[drop] = 0
+    n = round(share * len(d.index))
+    drop = (d.value - d.before).abs().argsort()[:n]
+    score = dense.flatten().clone()
+    score[d.index] = -1  # what is trained already is no candidate, the dropped included
+    grow = score.argsort(descending=True, stable=True)[:n]
+    d.index[drop] = grow.to(d.index)
+    d.value[drop] = 0
+    known = optimizer is not None and d.value in optimizer.state
+    if optimizer is not None and known:
+        for t in optimizer.state[d.value].values():
+            if isinstance(t, Tensor) and t.shape == d.value.shape:
+                t[drop] = 0
+    else:  # keep files canonical where no state would be mixed up
         order = d.index.argsort()
-        if optimizer is None or d.value not in optimizer.state:  # keep files canonical where no state would be mixed up
-            d.index.copy_(d.index[order])
-            d.value.copy_(d.value[order])
-        d.before.copy_(d.value)
-        moved += n
-    return moved
+        d.index.copy_(d.index[order])
+        d.value.copy_(d.value[order])
+    d.before.copy_(d.value)
+    return n

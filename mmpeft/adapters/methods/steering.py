@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
-from mmpeft.adapters.methods.activation import HeadEdit, on_channels
-from mmpeft.adapters.methods.bottleneck import first_tensor, width_out
+from mmpeft.adapters.method import Context, Delta, Tensors, zeros
+from mmpeft.adapters.methods.activation import ChannelEdit, HeadEdit, on_channels
+from mmpeft.adapters.methods.bottleneck import first_tensor
 from mmpeft.adapters.methods.low_rank import one_of
 from mmpeft.adapters.probe import as_call
 from mmpeft.adapters.site import Site
@@ -32,26 +32,18 @@ from mmpeft.adapters.switch import use
 from mmpeft.errors import ConfigError
 
 
+def steered(v: Tensor) -> Tensors:
+    """A direction v at strength 1; nothing is trained."""
+    return Tensors({}, frozen={"v": v, "strength": torch.ones_like(v[..., :1].flatten()[:1])}, facts={"seen": None})
+
+
 @dataclass(frozen=True)
-class RepE(Method, name="repe"):
+class RepE(ChannelEdit, name="repe"):
     """`y' = y + strength * v` around a layer, v [width] of norm 1 from `fit_repe` (arXiv 2310.01405); nothing is
-    trained.
-
-    Args:
-        dim: channel width, where it cannot be read off the module's own layers.
-    """
-
-    dim: int | None = None
-    kind = "call"
+    trained."""
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        width = self.dim or width_out(context.module)
-        if width is None:
-            raise ConfigError(f"the width of {site.path} ({type(context.module).__name__}) is not known; pass dim=")
-        like = next(context.module.parameters(), torch.empty(0))
-        return Tensors(
-            {}, frozen={"v": zeros(width, like=like), "strength": zeros(1, like=like) + 1}, facts={"seen": None}
-        )
+        return steered(self.channels(site, context))
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y, put = first_tensor(call(*args, **kwargs))
@@ -73,9 +65,7 @@ class ITI(HeadEdit, name="iti"):
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         heads, width, like = self.widths(site, context, self.num_heads)
-        return Tensors(
-            {}, frozen={"v": zeros(heads, width, like=like), "strength": zeros(1, like=like) + 1}, facts={"seen": None}
-        )
+        return steered(zeros(heads, width, like=like))
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if p.facts["seen"] is not None:

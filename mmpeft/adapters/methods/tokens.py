@@ -159,7 +159,7 @@ class PromptTuning(Method, name="prompt_tuning", aliases=("soft_prompt",)):
             )
         if args:
             kwargs["input_ids"] = args[0]
-        cache = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
+        cache = cache_in(kwargs)
         n = self.num_tokens
         mask = kwargs.get("attention_mask")
         if mask is not None:
@@ -233,6 +233,11 @@ def _prefixes(block: nn.Module, n: int) -> Iterator[None]:
     finally:
         for m in inside:
             cast(Any, m).num_prefix_tokens -= n
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among a transformers module's arguments, or None."""
+    return next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
 
 
 def owner_of(call: Callable[..., Any]) -> nn.Module:

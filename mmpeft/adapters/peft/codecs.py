@@ -42,20 +42,22 @@ PEFT_VERSION = "0.21.2"  # whose behaviour files are written for; PEFT's own fie
 class Item:
     """One site of an imported adapter: its method and the values of its tensors.
 
-    `starts` names frozen tensors that keep the value the method's init gives them, times a factor.
+    `starts` names frozen tensors that keep the value the method's init gives them, times a factor; `shared` holds those
+    that several sites share and one of them carries.
     """
 
     site: Site
     method: Method
     tensors: Mapping[str, Tensor]
     starts: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def match(self) -> str:
         """The exact pattern of this site; IA3 finds the bias beside its weight itself, so its module is named, and prompt
         tuning finds the decoder below the root."""
         if self.site.layout is None:
-            return "."
+            return self.site.path if self.site.kind == "call" else "."
         tensor = "" if self.method.name == "ia3" else self.site.tensor
         return ".".join(part for part in (self.site.path, tensor) if part)
 

@@ -1,16 +1,16 @@
-"""From HF PEFT's configuration and tensors to the sites, methods and values of this engine, one function a method."""
+"""From HF PEFT's configuration and tensors to the sites, methods and values of this engine: LoRA, IA3 and norm
+tuning here, the methods that wrap modules one by one in `codec.py` and its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.methods.lora import DoRA, Init, LoRA, VeRA, projection
+from mmpeft.adapters.methods.lora import DoRA, Init, LoRA
 from mmpeft.adapters.methods.scaling import IA3, input_channels
 from mmpeft.adapters.methods.selective import BitFit
-from mmpeft.adapters.methods.tokens import PromptTuning
+from mmpeft.adapters.peft.codec import decode_modules
 from mmpeft.adapters.peft.codecs import (
     OUT_PROJ_TIMES,
     Item,
@@ -25,12 +25,16 @@ from mmpeft.adapters.peft.codecs import (
     unpack_lora,
     wrapped_path,
 )
+from mmpeft.adapters.peft.projections import read_randlora, read_vera
+from mmpeft.adapters.peft.prompts import read_prefix, read_prompts
 from mmpeft.adapters.peft.read import Reader
+from mmpeft.adapters.peft.table import CODECS
 from mmpeft.adapters.peft.targets import (
     is_feedforward,
     pattern_value,
     target_parameters,
 )
+from mmpeft.adapters.peft.trained_tokens import read_tokens, read_tokens_beside
 from mmpeft.adapters.site import Site, _is_hf_conv1d, weight_site
 from mmpeft.errors import Unsupported, nearest
 
@@ -40,7 +44,7 @@ _BASE_INITS: dict[str, Init] = {"pissa": "pissa", "olora": "olora"}
 # Fields that change what a LoRA computes and have no counterpart here.
 _LORA_VARIANTS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 _LORA_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _IA3_LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
@@ -53,8 +57,13 @@ def decode(reader: Reader) -> list[Item]:
         Unsupported, FileFormatError: as `Reader.finish`; another PEFT type.
     """
     kind = reader.config["peft_type"].upper()
+    if kind in CODECS:
+        return reader.finish(decode_modules(reader, CODECS[kind]))
     if kind not in _METHODS:
-        raise Unsupported(f"PEFT type {kind!r}{nearest(kind, _METHODS)}; mmpeft reads {', '.join(_METHODS)}")
+        known = sorted([*_METHODS, *CODECS])
+        raise Unsupported(
+            f"PEFT type {kind!r} has no method here{nearest(kind, known)}; mmpeft reads {', '.join(known)}"
+        )
     return reader.finish(_METHODS[kind](reader))
 
 
@@ -91,7 +100,7 @@ def lora(reader: Reader) -> list[Item]:
         owner, _, tensor = parameter.rpartition(".")
         key = wrapped_path(owner, reader.wrappers, own=owners[i + 1 :].count(owner))
         found += _low_rank(reader, parameter, owner, tensor, key, True)
-    return found
+    return found + read_tokens_beside(reader)
 
 
 def _low_rank(reader: Reader, target: str, path: str, tensor: str, key: str, bare: bool, times: int = 1) -> list[Item]:
@@ -170,63 +179,19 @@ def ia3(reader: Reader) -> list[Item]:
     return found
 
 
-def vera(reader: Reader) -> list[Item]:
-    """VeRA; projections that are not what the seed draws are carried in the adapter."""
-    config = reader.config
-    targets = reader.targets(lambda m: isinstance(m, nn.Linear) or _is_hf_conv1d(m), "VeRA")
-    sites = [site for path in targets if (site := reader.site(path, "weight")) is not None and reader.alone(site)]
-    if not sites:
-        return []
-    rank, seed = reader.count(config.get("r", 256), "r"), int(config.get("projection_prng_key", 0))
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (rank, max(s.shape[1] for s in sites)), (max(s.shape[0] for s in sites), rank)
-    drawn = [projection(*shape, generator) for shape in shapes]
-    saved = bool(config.get("save_projection", True))
-    given = [reader.take(f"base_model.vera_{n}", s) for n, s in zip("AB", shapes, strict=True)] if saved else drawn
-    if given[0] is None or given[1] is None:
-        return []
-    own = any(not torch.equal(g.float(), d) for g, d in zip(given, drawn, strict=True) if g is not None)
-    reader.shared = {"A": given[0], "B": given[1]} if own else {}
-    found = []
-    for site in sites:
-        reader.wrappers[site.path] = 1
-    for site in sites:
-        key = wrapped_path(site.path, reader.wrappers)
-        d, b = reader.take(f"{key}.vera_lambda_d", (rank,)), reader.take(f"{key}.vera_lambda_b", (site.shape[0],))
-        method = VeRA(
-            rank=rank,
-            dropout=float(config.get("vera_dropout", 0.0)),
-            d_initial=float(config.get("d_initial", 0.1)),
-            seed=seed,
-            save_projection=own,
-        )
-        if d is not None and b is not None:
-            found.append(Item(site, method, {"d": d, "b": b}))
-    return found
-
-
 def layernorm(reader: Reader) -> list[Item]:
     """LN_TUNING: whole copies of the matched modules."""
     return [i for p in reader.targets(lambda m: True, "LN_TUNING") for i in reader.copies(p, f"{p}.ln_tuning_layers")]
 
 
-def prompt_tuning(reader: Reader) -> list[Item]:
-    """Soft prompts before a language model's input. PEFT's logits include the prompts' positions, ours do not."""
-    method = PromptTuning(num_tokens=reader.count(reader.config.get("num_virtual_tokens"), "num_virtual_tokens"))
-    owners = method.owners("", reader.model)
-    if not owners or reader.config.get("num_transformer_submodules", 1) not in (1, None):
-        reader.refused.append("PEFT's prompts are for the input of a transformers language model without an encoder")
-        return []
-    path, decoder = owners[0]
-    width = decoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    prompts = reader.take("prompt_embeddings", (method.num_tokens, width))
-    return [] if prompts is None else [Item(Site(path, "tokens"), method, {"prompts": prompts})]
-
-
 _METHODS: dict[str, Callable[[Reader], list[Item]]] = {
     "LORA": lora,
     "IA3": ia3,
-    "VERA": vera,
+    "VERA": read_vera,
+    "RANDLORA": read_randlora,
     "LN_TUNING": layernorm,
-    "PROMPT_TUNING": prompt_tuning,
+    "TRAINABLE_TOKENS": read_tokens,
+    "PROMPT_TUNING": read_prompts,
+    "P_TUNING": read_prompts,
+    "PREFIX_TUNING": read_prefix,
 }

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.lora import LoRA
+from mmpeft.adapters.peft.codec import encode_modules
 from mmpeft.adapters.peft.codecs import (
     OUT_PROJ_TIMES,
     PEFT_VERSION,
@@ -29,6 +30,9 @@ from mmpeft.adapters.peft.codecs import (
     wrapped_path,
     zero_pair,
 )
+from mmpeft.adapters.peft.projections import write_randlora, write_vera
+from mmpeft.adapters.peft.prompts import write_prefix, write_prompts
+from mmpeft.adapters.peft.table import BY_METHOD
 from mmpeft.adapters.peft.targets import (
     any_of,
     is_feedforward,
@@ -36,8 +40,9 @@ from mmpeft.adapters.peft.targets import (
     plain_number,
     saved_paths,
 )
+from mmpeft.adapters.peft.trained_tokens import write_tokens, write_tokens_beside
 from mmpeft.adapters.peft.write import Writer
-from mmpeft.adapters.site import Site, _is_hf_conv1d
+from mmpeft.adapters.site import Site
 
 
 def encode(writer: Writer) -> dict[str, Any]:
@@ -48,7 +53,8 @@ def encode(writer: Writer) -> dict[str, Any]:
     """
     wholes = writer.values.wholes()
     writer.finish()
-    config = _ENCODERS[writer.kind](writer, wholes)
+    codec = BY_METHOD.get(writer.kind)
+    config = encode_modules(writer, codec) if codec is not None else _ENCODERS[writer.kind](writer, wholes)
     writer.finish()
     saved = writer.values.to_save(wholes, [*writer.wrappers, *writer.targets])
     config |= {"modules_to_save": wholes} if wholes else {}
@@ -103,6 +109,7 @@ def lora(writer: Writer, wholes: list[str]) -> dict[str, Any]:
         "use_dora": dora,
         "use_rslora": rslora,
         **_ranks(writer, rslora),
+        **write_tokens_beside(writer),
     }
 
 
@@ -196,49 +203,12 @@ def ia3(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     }
 
 
-def vera(writer: Writer, wholes: list[str]) -> dict[str, Any]:
-    """VeRA, with its projections."""
-    deltas = {path: group[0] for (path, _), group in writer.sites.items()}
-    first = next(iter(deltas.values()))
-    method: Any = first.method
-    for (path, tensor), group in writer.sites.items():
-        owner = writer.owner(path)
-        if tensor != "weight" or not (isinstance(owner, nn.Linear) or _is_hf_conv1d(owner)) or not is_stock(owner):
-            writer.refused.append(f"{group[0].site.name}: PEFT has no VeRA for a {type(owner).__name__}")
-        elif group[0].site.rows is not None:
-            writer.refused.append(
-                f"{group[0].site.name}: PEFT has one vera_lambda_d for a whole weight, not one a slice"
-            )
-        elif not (torch.equal(group[0].A, first.A) and torch.equal(group[0].B, first.B)):
-            writer.refused.append(f"{group[0].site.name}: PEFT has one pair of projections; this site has another")
-    writer.targets = dict.fromkeys(deltas)
-    writer.wrappers = dict.fromkeys(deltas, 1)
-    shapes = [d.site.shape for d in deltas.values()]
-    writer.tensors["base_model.vera_A"] = first.A[:, : max(s[1] for s in shapes)]
-    writer.tensors["base_model.vera_B"] = first.B[: max(s[0] for s in shapes)]
-    for path, delta in deltas.items():
-        key = wrapped_path(path, writer.wrappers)
-        writer.tensors |= {f"{key}.vera_lambda_d": delta.d, f"{key}.vera_lambda_b": delta.b}
-    return {
-        "peft_type": "VERA",
-        "bias": "none",
-        "d_initial": method.d_initial,
-        "fan_in_fan_out": writer.transposed(deltas),
-        "init_weights": True,
-        "projection_prng_key": method.seed,
-        "r": method.rank,
-        "save_projection": True,
-        "target_modules": [path for path in writer.modules if path in deltas],
-        "vera_dropout": method.dropout,
-    }
-
-
 def layernorm(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     """LN_TUNING: copies of the norms, or of all copied modules if no norm is among them."""
     owners = {name.rpartition(".")[0] for name in writer.values.norms}
     chosen = [path for path in wholes if path in owners] or list(wholes)
     if not chosen:
-        writer.refused += [f"{name}: PEFT trains biases only beside LoRA or VeRA" for name in writer.values.found]
+        return _biases_alone(writer)
     writer.targets = dict.fromkeys(chosen)
     for path in chosen:
         writer.tensors |= writer.values.state(path, f"{path}.ln_tuning_layers")
@@ -246,32 +216,31 @@ def layernorm(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     return {"peft_type": "LN_TUNING", "target_modules": chosen}
 
 
-def prompt_tuning(writer: Writer, wholes: list[str]) -> dict[str, Any]:
-    """PROMPT_TUNING, whose files hold nothing else."""
-    ((path, _),) = writer.sites
-    delta = writer.sites[path, ""][0]
-    if [p for p, _ in delta.method.owners("", writer.model)] != [path]:
-        writer.refused.append(f"{path}: PEFT inserts prompts before the whole model's decoder only")
-    writer.refused += [f"{name}: PEFT trains nothing beside prompts" for name in writer.values.found]
-    writer.tensors["prompt_embeddings"] = delta.prompts
-    config: Any = writer.model.config
-    return {
-        "peft_type": "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM" if writer.model.get_output_embeddings() is not None else "FEATURE_EXTRACTION",  # type: ignore[operator]
-        "num_virtual_tokens": delta.prompts.shape[0],
-        "token_dim": delta.prompts.shape[1],
-        "num_transformer_submodules": 1,
-        "num_attention_heads": getattr(config, "num_attention_heads", None),
-        "num_layers": getattr(config, "num_hidden_layers", None),
-        "prompt_tuning_init": "RANDOM",
-    }
+def _biases_alone(writer: Writer) -> dict[str, Any]:
+    """BEFT: what biases of linear layers gain."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in writer.values.found.items():
+        path, _, tensor = name.rpartition(".")
+        owner = writer.owner(path)
+        if not path or tensor != "bias" or not isinstance(owner, nn.Linear) or not is_stock(owner):
+            writer.refused.append(f"{name}: PEFT trains biases of linear layers alone, others only beside LoRA and kin")
+        else:
+            found[path] = (value - owner._parameters["bias"].detach().to(value)).unsqueeze(0)  # type: ignore[union-attr]
+    writer.targets = dict.fromkeys(found)
+    writer.wrappers = dict.fromkeys(found, 1)
+    writer.tensors |= {f"{wrapped_path(path, writer.wrappers)}.beft_bias": t for path, t in found.items()}
+    writer.values.found.clear()
+    return {"peft_type": "BEFT", "target_modules": [path for path in writer.modules if path in found]}
 
 
 _ENCODERS: dict[str, Callable[[Writer, list[str]], dict[str, Any]]] = {
     "lora": lora,
     "dora": lora,
     "ia3": ia3,
-    "vera": vera,
+    "vera": write_vera,
+    "randlora": write_randlora,
+    "tokens": write_tokens,
     "layernorm": layernorm,
-    "prompt_tuning": prompt_tuning,
+    "prompt_tuning": write_prompts,
+    "prefix": write_prefix,
 }

@@ -2,12 +2,13 @@
 
 PEFT has one method a folder, wraps modules that are called, and copies whole modules that are trained whole. So
 
-    LoRA, DoRA, IA3, VeRA    sites become targets by exact path, differing ranks and scales become patterns
+    methods that both have   sites become targets by exact path, differing ranks and scales become patterns (`table.py`)
     bare parameters          (3-D experts, packed projections elsewhere) become target_parameters
     nn.MultiheadAttention    in_proj and out_proj become one target, the part that is not adapted with zeros
     full, norm tuning        become modules_to_save, or LN_TUNING where nothing else is trained
-    BitFit                   becomes bias="all" beside LoRA or VeRA
-    prompt tuning            becomes PROMPT_TUNING, alone
+    BitFit                   becomes bias="all" beside LoRA and kin, BEFT where it is alone on linear layers
+    columns of an embedding  (RoCoFT) become trainable tokens, alone or beside LoRA
+    prompts and prefixes     become PROMPT_TUNING and PREFIX_TUNING, alone
 
 What PEFT cannot express, or would compute differently, is refused before anything is written, with all sites named.
 The configuration is then matched against the model by PEFT's own rules, so a folder that is written is found again.
@@ -32,8 +33,9 @@ from mmpeft.adapters.liveness import as_call
 from mmpeft.adapters.peft.codecs import CONFIG, TENSORS, full_key
 from mmpeft.adapters.peft.encode import encode
 from mmpeft.adapters.peft.write import Writer
-from mmpeft.adapters.store import _choose, _gather, deltas_of
+from mmpeft.adapters.store import _choose, deltas_of
 from mmpeft.adapters.switch import use
+from mmpeft.adapters.wrapped import unwrap, whole
 from mmpeft.errors import ConfigError, Unsupported
 
 log = logging.getLogger("mmpeft")
@@ -54,12 +56,13 @@ def export_peft(
         NameNotFound: no such adapter.
         Unsupported: sites that PEFT cannot express, all named. Nothing is written then.
     """
+    model = unwrap(model)
     name = _choose(model, name)
     writer = Writer(model, deltas_of(model, name))
     config = encode(writer)
     if check:
         _refuse_uncalled(model, writer, example)
-    tensors = {full_key(key): _gather(t.detach()) for key, t in writer.tensors.items()}
+    tensors = {full_key(key): whole(t.detach()) for key, t in writer.tensors.items()}
     bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ConfigError(f"adapter {name!r} is not exported: {', '.join(bad[:4])} hold NaN or infinite values")

@@ -1,5 +1,5 @@
-"""Reading HF PEFT folders: adapter_config.json and adapter_model.safetensors, LoRA (with DoRA, rsLoRA, PiSSA, OLoRA),
-IA3, VeRA, LN_TUNING, and what may stand beside them (modules_to_save, trained biases, embedding tables).
+"""Reading HF PEFT folders: adapter_config.json and adapter_model.safetensors of every type that `table.py` and
+`decode.py` list, and what may stand beside them (modules_to_save, trained biases and tokens, embedding tables).
 
 The configuration says which modules the file must cover and the file has to cover exactly those: every missing, extra
 or misshapen key is named, NaN is refused, nothing is unpickled, and all of it before the model is changed. An imported
@@ -27,17 +27,11 @@ from mmpeft.adapters.peft.codecs import CONFIG, PICKLED, PREFIX, TENSORS, Item
 from mmpeft.adapters.peft.decode import decode
 from mmpeft.adapters.peft.export import export_peft
 from mmpeft.adapters.peft.read import Reader
+from mmpeft.adapters.peft.table import LEAVES
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.state import find_state
 from mmpeft.adapters.store import adapter_tensors, fill, read_safetensors
 from mmpeft.errors import FileFormatError, NameNotFound
-
-# Our own adapter parameters, with or without the adapter's name: `lora_A.weight`, `lora_A.default.weight`, `ia3_l`.
-_PARAMETER = re.compile(
-    r"(?P<path>.*)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|vera_[AB])"
-    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
-)
-_LEAF = {"lora_A": ".weight", "lora_B": ".weight"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def read_peft(folder: str | Path) -> PeftFile:
         raise FileFormatError(f"{folder} has no {TENSORS}{pickled if (folder / PICKLED).exists() else ''}")
     tensors: dict[str, Tensor] = {}
     for key, tensor in read_safetensors(path).items():
-        plain = _plain_key(key)
+        plain = _plain_key(key, LEAVES.get(config["peft_type"].upper(), {}))
         if ".original_module." in key:  # the base's own values beside a trained copy, which PEFT never uses
             continue
         if plain in tensors and not torch.equal(tensors[plain], tensor):
@@ -89,14 +83,19 @@ def read_peft(folder: str | Path) -> PeftFile:
     return PeftFile(config, tensors, str(path))
 
 
-def _plain_key(key: str) -> str:
-    """'base_model.model.fc.lora_A.default.weight' -> 'fc.lora_A.weight'."""
+def _plain_key(key: str, leaves: Mapping[str, str | None]) -> str:
+    """'base_model.model.fc.lora_A.default.weight' -> 'fc.lora_A.weight', for the parameter names of a PEFT type."""
     key = key.replace("_orig_mod.", "").removeprefix(PREFIX)
     key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
-    if found := _PARAMETER.fullmatch(key):
-        name = found["name"]
-        leaf = ".bias" if found["leaf"] == "bias" else _LEAF.get(name, "")
-        return f"{found['path']}.{name}{leaf}"
+    for name, leaf in leaves.items():
+        path, found, rest = key.rpartition(f".{name}")
+        if not found or leaf is None or rest[:1] not in ("", "."):
+            continue
+        *adapter, last = rest.split(".") if rest else ["", ""]  # ["", the adapter's name] and "weight", "bias" or ""
+        if last not in ("", "weight", "bias"):
+            adapter, last = [*adapter, last], ""
+        if len(adapter) <= 2:
+            return f"{path}.{name}{'.bias' if last == 'bias' else leaf}"
     return key
 
 
@@ -120,7 +119,7 @@ def load_peft(
     before = None if state is None else state.active
     attach(model, _plan(items), name, example=example, check=check)
     try:
-        fill(model, name, _values(model, name, items, reader.shared), file.source)
+        fill(model, name, _values(model, name, items), file.source)
     except BaseException:
         detach(model, name)
         if state is not None and before is not None:
@@ -137,7 +136,7 @@ def _plan(items: list[Item]) -> Plan:
     return Plan(tuple(Rule(" ".join(paths), (method,)) for method, paths in matches.items()))
 
 
-def _values(model: nn.Module, name: str, items: list[Item], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _values(model: nn.Module, name: str, items: list[Item]) -> dict[str, Tensor]:
     """The imported values by the keys of the attached adapter."""
     live = adapter_tensors(model, name)
     values: dict[str, Tensor] = {}
@@ -145,7 +144,7 @@ def _values(model: nn.Module, name: str, items: list[Item], shared: Mapping[str,
         prefix = ".".join(part for part in (item.site.path, item.site.key(item.method.name)) if part)
         values |= {f"{prefix}.{n}": t for n, t in item.tensors.items()}
         values |= {f"{prefix}.{n}": live[f"{prefix}.{n}"] * factor for n, factor in item.starts.items()}
-    values |= {key: shared[n] for key in live if (n := key.rpartition(".")[2]) in shared and key not in values}
+        values |= {key: t for n, t in item.shared.items() if (key := f"{prefix}.{n}") in live}
     return values
 
 

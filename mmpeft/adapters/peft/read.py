@@ -17,6 +17,7 @@ from mmpeft.adapters.forward import stock_op
 from mmpeft.adapters.method import Method, wide
 from mmpeft.adapters.methods.selective import BitFit, Full, LayerNormTuning
 from mmpeft.adapters.peft.codecs import Item, full_key, wrapped_path
+from mmpeft.adapters.peft.table import LEAVES
 from mmpeft.adapters.peft.targets import module_paths, saved_paths, target_paths
 from mmpeft.adapters.site import Site, weight_site
 from mmpeft.adapters.state import SLOT
@@ -30,7 +31,6 @@ class Reader:
         self.model, self.config, self.source = model, config, source
         self.modules = module_paths(model)
         self.left = dict(tensors)  # what no site has asked for yet
-        self.shared: dict[str, Tensor] = {}  # tensors that several sites share (VeRA's projections)
         self.problems: list[str] = []  # the file does not fit
         self.refused: list[str] = []  # the file fits, this engine cannot represent it
         self.names: dict[int, list[str]] = {}
@@ -138,12 +138,8 @@ class Reader:
     def targets(self, fits: Callable[[nn.Module], bool], what: str) -> list[str]:
         """Paths that `target_modules` means; without the field, what the file itself names."""
         if self.config.get("target_modules") is None and not self.config.get("target_parameters"):
-            keys = {
-                k.rpartition(f".{m}")[0]
-                for k in self.left
-                for m in ("lora_", "ia3_", "vera_lambda_", "ln_tuning_")
-                if f".{m}" in k
-            }
+            names = LEAVES.get(self.config["peft_type"].upper(), {})
+            keys = {k.rpartition(f".{name}")[0] for k in self.left for name in names if f".{name}" in k}
             paths = [p for p in self.modules if p in keys]
         else:
             paths = target_paths(self.config, self.modules, self.model)

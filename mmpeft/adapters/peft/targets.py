@@ -106,6 +106,13 @@ def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -
     return default
 
 
+def late_pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The older rule of `block_size_pattern` and `n_frequency_pattern`: an expression for what follows a dot, else the
+    whole path as it is."""
+    found = next((p for p in patterns or {} if compiled(rf".*\.{p}$").match(path)), path)
+    return (patterns or {}).get(found, default)
+
+
 def target_parameters(config: Config, parameters: Iterable[str]) -> list[str]:
     """Full names of the bare parameters that `target_parameters` means."""
     names = config.get("target_parameters") or ()

@@ -17,7 +17,6 @@ from mmpeft.adapters.peft.targets import module_paths, saved_paths
 from mmpeft.adapters.slot import apply
 from mmpeft.adapters.state import SLOT
 
-METHODS = ("full", "bitfit", "layernorm")
 _NO_COPY = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called, so PEFT cannot wrap them
 
 

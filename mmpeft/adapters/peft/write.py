@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.peft.codecs import is_packed_attention, is_stock
+from mmpeft.adapters.peft.table import PROMPTS, VALUES, WEIGHT_METHODS
 from mmpeft.adapters.peft.targets import any_of, module_paths, target_parameters, target_paths
-from mmpeft.adapters.peft.values import METHODS, Values
+from mmpeft.adapters.peft.trained_tokens import can_write
+from mmpeft.adapters.peft.values import Values
 from mmpeft.adapters.site import Site, _is_hf_conv1d, weight_site
 from mmpeft.errors import Unsupported
-
-WEIGHT_METHODS = ("lora", "dora", "ia3", "vera")
-PROMPTS = "prompt_tuning"
 
 
 class Writer:
@@ -27,6 +26,7 @@ class Writer:
         self.modules = module_paths(model)
         self.values = Values(model)
         self.sites: dict[tuple[str, str], list[Delta]] = {}  # sites of the low-rank and scaling methods
+        self.tokens: dict[str, Delta] = {}  # embeddings of which single rows are trained
         self.targets: dict[str, Any] = {}  # module or parameter -> (rank, scale) or None
         self.wrappers: dict[str, int] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -37,20 +37,24 @@ class Writer:
         return self.modules[path] if path else self.model
 
     def sort(self, deltas: list[tuple[str, Delta]]) -> str:
-        """File every delta under what PEFT makes of it; the weight method of the adapter, or 'layernorm'."""
+        """File every delta under what PEFT makes of it; the weight method of the adapter, or 'tokens' or
+        'layernorm'."""
         kinds: dict[str, str] = {}
         for path, delta in deltas:
             method, site = delta.method.name, delta.site
-            if method == PROMPTS:
+            if method in PROMPTS:
                 kinds.setdefault(method, site.name)
                 self.sites[path, ""] = [delta]
                 continue
             stored = self.owner(path)._parameters.get(site.tensor)
-            if method not in WEIGHT_METHODS and method not in METHODS:
+            alone = stored is not None and len(self.values.names[id(stored)]) == 1
+            if can_write(self.model, self.owner(path), delta, alone):
+                self.tokens[path] = delta
+            elif method not in WEIGHT_METHODS and method not in VALUES:
                 self.refused.append(f"{site.name}: PEFT has no {type(delta.method).__name__}")
             elif stored is None:
                 self.refused.append(f"{site.name}: the tensor is computed (weight norm and kin); PEFT cannot adapt it")
-            elif method in METHODS:
+            elif method in VALUES:
                 self.values.add(stored, delta)
             else:
                 kinds.setdefault(method, site.name)
@@ -61,10 +65,12 @@ class Writer:
         if len(kinds) > 1:
             mixed = " and ".join(f"{kind} (at {where})" for kind, where in kinds.items())
             self.refused.append(f"one PEFT adapter has one method; this one mixes {mixed}")
-        for path, tensor in self.sites:
+        if self.tokens and kinds and not kinds.keys() <= {"lora", "dora"}:
+            self.refused.append(f"{next(iter(self.tokens))}: PEFT trains single tokens alone or beside LoRA")
+        for path, tensor in [*self.sites, *((path, "weight") for path in self.tokens)]:
             if f"{path}.{tensor}" in self.values.found:
                 self.refused.append(f"{path}.{tensor} is adapted and trained whole; PEFT does one of the two")
-        return next(iter(kinds), "layernorm")
+        return next(iter(kinds), "tokens" if self.tokens else "layernorm")
 
     def finish(self) -> None:
         """Raise if anything was refused.

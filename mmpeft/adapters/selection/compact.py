@@ -3,6 +3,7 @@
     mmpeft.compact(model)                         what AdaLoRA, SoRA, IncreLoRA, DyLoRA no longer use
     mmpeft.prune_channels(model, keep=0.5)        LoRA: the components with the smallest ||b_j|| ||a_j||, over all sites
     mmpeft.drop_sites(model, lambda site: ...)    whole sites (AdapterDrop's fixed form)
+    mmpeft.compact(model, keep=masks)             also units of a bottleneck and tokens of a prefix (S-MaM)
 
 The outputs stay what they were with those components at zero. Tensors are new, so an optimizer must be made again. The
 adapter's plan gets one exact rule for each changed site, which is how its file loads with the smaller ranks.
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta, Method, Tensors
+from mmpeft.adapters.methods.attention import Prefix
+from mmpeft.adapters.methods.bottleneck import AdaptFormer, Bottleneck
 from mmpeft.adapters.methods.dynamic_rank import Elastic
-from mmpeft.adapters.methods.lora import DoRA, LoRA
+from mmpeft.adapters.methods.lora import DoRA, LoRA, LoRAPlus
 from mmpeft.adapters.methods.low_rank import LowRank
 from mmpeft.adapters.plan import Rule
 from mmpeft.adapters.selection.criteria import top
@@ -28,7 +31,16 @@ from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError, Unsupported
 
 _PAIR: dict[str, int | None] = {"A": -2, "B": -1}
-_AXES: dict[type[Method], dict[str, int | None]] = {LoRA: _PAIR, DoRA: {**_PAIR, "m": None}}
+_BOTTLENECK: dict[str, int | None] = {"down_weight": 0, "down_bias": 0, "up_weight": 1, "up_bias": None}
+_AXES: dict[type[Method], dict[str, int | None]] = {
+    LoRA: _PAIR,
+    LoRAPlus: _PAIR,
+    DoRA: {**_PAIR, "m": None},
+    Bottleneck: _BOTTLENECK,
+    AdaptFormer: _BOTTLENECK,
+    Prefix: {"K": 0, "V": 0},
+}
+_FIELD: dict[type[Method], str] = {Bottleneck: "size", AdaptFormer: "size", Prefix: "num_tokens"}  # else "rank"
 
 
 def compact(model: nn.Module, name: str | None = None, *, keep: Mapping[str, Tensor] | None = None) -> dict[str, int]:
@@ -151,9 +163,15 @@ def _mask(delta: Delta, keep: Mapping[str, Tensor] | None) -> Tensor | None:
         raise Unsupported(f"{delta.method.name} at {delta.site.name} has no components that could be taken out")
     if mask.ndim != 1:
         raise Unsupported(f"{delta.site.name} is a stack of experts, whose ranks would differ")
-    if len(mask) != getattr(delta.method, "rank", None):
-        raise ConfigError(f"a mask of {len(mask)} at {delta.site.name} of rank {getattr(delta.method, 'rank', None)}")
+    if len(mask) != components(delta):
+        raise ConfigError(f"a mask of {len(mask)} at {delta.site.name} of rank {components(delta)}")
     return mask
+
+
+def components(delta: Delta) -> int:
+    """How many components (ranks, units, tokens) a site has."""
+    axes = axes_of(delta.method) or {}
+    return next((int(p.shape[axes[n]]) for n, p in delta._parameters.items() if axes.get(n) is not None), 0)  # type: ignore[union-attr, index]
 
 
 def _smaller(delta: Delta, mask: Tensor) -> Delta:
@@ -182,6 +200,9 @@ def _smaller(delta: Delta, mask: Tensor) -> Delta:
 def _resized(method: Method, rank: int) -> Method:
     if isinstance(method, Elastic):
         return method.resized(rank)
+    field = _FIELD.get(type(method))
+    if field is not None:
+        return replace(method, **{field: rank})  # type: ignore[type-var]
     old: int = method.rank  # type: ignore[attr-defined]
     changes: dict[str, Any] = {"rank": rank}
     known = {f.name for f in fields(method)}  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ evidence to scores of the tensor's shape; the largest are kept.
     sensitivity         sum |w g| / n             first-order loss change of setting w to 0
     movement            -sum w g                  weights that move away from 0 (Sanh et al. 2020)
     change              |w - start|               lottery-ticket sparse fine-tuning
+    second_order        (sum g)^2 / sum g^2       first-order gain over curvature, the Fisher information for it
+    wanda               |w| ||x||                 weight times the norm of its input (Sun et al. 2023, RoCoFT's score)
 
 `gather` collects the evidence of a plan's sites on a model from losses; it never changes the model. `smooth` is the
 exponential average that AdaLoRA and RoseLoRA put on sensitivities, `cubic` their schedule.
@@ -45,6 +47,7 @@ class Evidence:
     g2: Tensor | None = None  # of their squares
     wg: Tensor | None = None  # of value * gradient
     abs_wg: Tensor | None = None  # of |value * gradient|
+    x2: Tensor | None = None  # of the squares of each input [in]
 
     def add(self, grad: Tensor, weight: float = 1.0) -> None:
         """Count one gradient, `weight` times."""
@@ -76,6 +79,16 @@ def _change(e: Evidence) -> Tensor:
     return (e.value - e.start).abs()
 
 
+def _second_order(e: Evidence) -> Tensor:
+    return _mean("g")(e).square() / _mean("g2")(e).clamp_min(torch.finfo(e.value.dtype).tiny)
+
+
+def _wanda(e: Evidence) -> Tensor:
+    if e.x2 is None:
+        raise ConfigError("criterion 'wanda' needs the inputs of a layer that is called: pass losses to gather them")
+    return e.value.abs() * e.x2.sqrt()
+
+
 CRITERIA: dict[str, Callable[[Evidence], Tensor]] = {
     "random": _random,
     "magnitude": lambda e: e.value.abs(),
@@ -85,6 +98,8 @@ CRITERIA: dict[str, Callable[[Evidence], Tensor]] = {
     "sensitivity": _mean("abs_wg"),
     "movement": lambda e: -_mean("wg")(e),
     "change": _change,
+    "second_order": _second_order,
+    "wanda": _wanda,
 }
 DATA_FREE = ("random", "magnitude", "small_magnitude")
 
@@ -128,6 +143,7 @@ def gather(
         generator = site_seed(seed, target.site)
         found[target.site.name] = Evidence(_view(target, parameter.detach()).clone(), begin, generator)
     flags = [(p, p.requires_grad) for _, p in stored.values()]
+    hooks = [t.owner.register_forward_pre_hook(_inputs_to(found[name])) for name, (t, _) in stored.items()]
     try:
         for p, _ in flags:
             p.requires_grad_(True)
@@ -139,9 +155,23 @@ def gather(
             for (name, (target, p)), grad in zip(stored.items(), grads, strict=True):
                 found[name].add(_view(target, torch.zeros_like(p) if grad is None else grad), weight)
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
     return found
+
+
+def _inputs_to(e: Evidence) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that adds up the squares of a layer's inputs, where its last axis is the matrix' columns."""
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
+        if x is not None and e.value.ndim == 2 and x.shape[-1] == e.value.shape[-1]:
+            square = x.detach().to(e.value.dtype).reshape(-1, x.shape[-1]).square().sum(0)
+            e.x2 = square if e.x2 is None else e.x2 + square
+
+    return note
 
 
 def _view(target: Target, t: Tensor) -> Tensor:
@@ -186,6 +216,12 @@ def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
             out[name] = mine
         edges += s.numel()
     return out
+
+
+def check_share(keep: float) -> None:
+    """Refuse a share that is not in (0, 1]."""
+    if not 0 < keep <= 1:
+        raise ConfigError(f"keep {keep}; expected 0 < keep <= 1")
 
 
 def smooth(average: Tensor | None, new: Tensor, beta: float) -> Tensor:

@@ -4,18 +4,21 @@
                BitFit, HFT (Hui et al. 2024, arXiv 2404.18466) is a random half of `full`; any method can be placed so
     spt_plan   sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566): LoRA in the matrices where more sensitive
                weights lie than it would train, the sensitive weights alone elsewhere
+    cross_attention_plan   train the cross-attention of an encoder-decoder, whole (Gheini et al. 2021, arXiv 2104.08771)
 
-Both return a plan, or what `attach_selected` needs, and change nothing.
+All return a plan, or what `attach_selected` needs, and change nothing.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from mmpeft.adapters.method import Method
 from mmpeft.adapters.methods.lora import LoRA
 from mmpeft.adapters.methods.sparse import Sparse, exact
 from mmpeft.adapters.plan import Plan, PlanLike, Rule, resolve
 from mmpeft.adapters.selection.criteria import Losses, criterion, gather, top
+from mmpeft.adapters.state import SLOT
 from mmpeft.errors import ConfigError, NameNotFound
 
 
@@ -71,3 +74,33 @@ def spt_plan(
         elif count:
             rules.setdefault("sparse", []).append(Rule(exact(target.site), (Sparse(count=count, criterion=by),)))
     return {kind: Plan(tuple(found)) for kind, found in rules.items()}
+
+
+# Names of the attention to the encoder: BART and its kin, BERT decoders, T5, torch's own decoder layer, Flamingo's kin.
+CROSS = ("encoder_attn", "crossattention", "cross_attention", "cross_attn", "EncDecAttention", "multihead_attn")
+
+
+def cross_attention_plan(
+    model: nn.Module, *, norms: bool = True, embeddings: str | None = None, method: Method | None = None
+) -> dict[str, Method | str]:
+    """The plan that trains every cross-attention of a model and nothing else ("xattn"), or with new embeddings too
+    ("{src,tgt} + xattn" of arXiv 2104.08771).
+
+    Args:
+        norms: with the norm beside each attention (`<name>_layer_norm`, or what stands before it in a T5 block).
+        embeddings: pattern of the embeddings that are trained as well, those of a new language.
+        method: another method for the attentions; None trains them whole.
+
+    Raises:
+        NameNotFound: the model has no cross-attention by any of the names in `CROSS`.
+    """
+    paths = [path for path, _ in model.named_modules() if SLOT not in path.split(".")]
+    found = [path for path in paths if path.rpartition(".")[2] in CROSS]
+    if not found:
+        raise NameNotFound(f"no module is named {', '.join(CROSS)}; write the plan by hand")
+    plan: dict[str, Method | str] = {path: method or "full" for path in found}
+    for path in found if norms else ():
+        parent, _, leaf = path.rpartition(".")
+        beside = [f"{parent}.{leaf}_layer_norm", f"{parent}.layer_norm"]
+        plan |= dict.fromkeys([norm for norm in beside if norm in paths][:1], "full")
+    return plan | ({embeddings: "full"} if embeddings else {})

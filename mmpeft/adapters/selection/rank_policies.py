@@ -22,8 +22,52 @@ from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 
+class Plain:
+    """A policy that adds nothing to the loss and keeps nothing beside the adapter's own tensors."""
+
+    def begin(self, sites: Sites) -> None:
+        """Nothing to prepare."""
+
+    def penalty(self, sites: Sites) -> Tensor | None:
+        """Nothing."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class Triplets:
+    """What the policies over triplets (p, lam, q) share: their importance, and the penalty that keeps P and Q
+    orthonormal."""
+
+    importance: Importance
+    orthogonal: float
+
+    def watch(self, sites: Sites) -> None:
+        """Count this step's gradients of every triplet."""
+        for name, d in sites.items():
+            for n in ("P", "lam", "Q"):
+                self.importance.update(f"{name} {n}", getattr(d, n))
+
+    def penalty(self, sites: Sites) -> Tensor | None:
+        """orthogonal * sum ||P^T P - I||^2 + ||Q Q^T - I||^2."""
+        return self.orthogonal * orthogonality(sites) if self.orthogonal else None
+
+    def state(self) -> dict[str, Any]:
+        """The averages."""
+        return self.importance.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """From `state()`."""
+        self.importance.restore(state)
+
+
 @dataclass
-class Budget:
+class Budget(Triplets):
     """AdaLoRA's policy (arXiv 2303.10512, algorithm 1): every `interval` steps all triplets are ranked by importance
     and lam of those outside the budget is set to 0. The budget falls from all triplets to `target` a site on average,
     cubically between steps `warmup` and `total_steps - final`; after that the choice stands.
@@ -70,9 +114,7 @@ class Budget:
     def step(self, sites: Sites, step: int) -> None:
         end = self.total_steps - self.final
         if step <= end:
-            for name, d in sites.items():
-                for n in ("P", "lam", "Q"):
-                    self.importance.update(f"{name} {n}", getattr(d, n))
+            self.watch(sites)
         if step == end or self.warmup < step < end and step % self.interval == 0:
             kept = top(triplet_scores(self.importance, sites), self.budget(step))
             for name, d in sites.items():
@@ -82,15 +124,6 @@ class Budget:
         elif step > end:
             for d in sites.values():
                 d.lam.mul_(d.mask)
-
-    def penalty(self, sites: Sites) -> Tensor | None:
-        return self.orthogonal * orthogonality(sites) if self.orthogonal else None
-
-    def state(self) -> dict[str, Any]:
-        return self.importance.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.importance.restore(state)
 
 
 def triplet_scores(importance: Importance, sites: Sites) -> dict[str, Tensor]:
@@ -112,7 +145,7 @@ def orthogonality(sites: Sites) -> Tensor:
 
 
 @dataclass
-class Proximal:
+class Proximal(Plain):
     """SoRA's policy (arXiv 2311.11696, equation 6): after the optimizer's step, g <- sign(g) max(|g| - threshold, 0).
 
     Args:
@@ -126,26 +159,14 @@ class Proximal:
         if not callable(self.threshold) and not self.threshold > 0:
             raise ConfigError(f"threshold {self.threshold}; expected a positive number or a schedule")
 
-    def begin(self, sites: Sites) -> None:
-        """Nothing to prepare."""
-
     def step(self, sites: Sites, step: int) -> None:
         threshold = self.threshold(step) if callable(self.threshold) else self.threshold
         for d in sites.values():
             d.g.copy_(nn.functional.softshrink(d.g, threshold))
 
-    def penalty(self, sites: Sites) -> Tensor | None:
-        return None
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
-
 
 @dataclass
-class Sampled:
+class Sampled(Plain):
     """DyLoRA's policy: the rank of the next step is drawn uniformly from min_rank..rank of the sites, one for all of
     them. The draw depends on seed and step alone, so a resumed run repeats it."""
 
@@ -162,9 +183,6 @@ class Sampled:
             m = d.method
             assert isinstance(m, DyLoRA)
             d.draw.fill_(m.min_rank + int(u * (m.rank - m.min_rank + 1)))
-
-    def penalty(self, sites: Sites) -> Tensor | None:
-        return None
 
     def state(self) -> dict[str, Any]:
         return {"draw": self.seed}
@@ -193,7 +211,7 @@ def set_rank(model: nn.Module, rank: int, *, name: str | None = None) -> None:
 
 
 @dataclass
-class Growth:
+class Growth(Triplets):
     """IncreLoRA's policy (arXiv 2308.12043): every `interval` steps after `warmup` the `sites` with the highest mean
     importance of their triplets in use get one more, until `target` a site on average are in use.
 
@@ -226,9 +244,7 @@ class Growth:
             raise ConfigError(f"Growth counts triplets of matrices; {stacked[0]} is a stack of experts")
 
     def step(self, sites: Sites, step: int) -> None:
-        for name, d in sites.items():
-            for n in ("P", "lam", "Q"):
-                self.importance.update(f"{name} {n}", getattr(d, n))
+        self.watch(sites)
         used = {name: int(d.mask.sum()) for name, d in sites.items()}
         left = self.target * len(sites) - sum(used.values())
         if step <= self.warmup or step % self.interval or left <= 0:
@@ -238,12 +254,3 @@ class Growth:
         order = [n for n in sorted(means, key=lambda n: -means[n]) if used[n] < sites[n].mask.shape[-1]]
         for name in order[: min(self.at_once, left)]:
             sites[name].mask[used[name]] = 1  # its lam still has the value it was held at
-
-    def penalty(self, sites: Sites) -> Tensor | None:
-        return self.orthogonal * orthogonality(sites) if self.orthogonal else None
-
-    def state(self) -> dict[str, Any]:
-        return self.importance.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.importance.restore(state)

@@ -3,7 +3,7 @@
 It is a tensor subclass around a scheme's packed tensors (`nf4.py`, `integer.py`). Whatever code reads it gets the
 dequantised values, so every part of the engine (plans, fingerprints, methods that look at W, merging) works on it
 unchanged. `F.linear` is special: its backward keeps the packed tensors and dequantises again, so that no dense copy of
-a weight outlives the operation that needs it.
+a weight outlives the operation that needs it. On a GPU the Triton kernels of `mmpeft.kernels.quantised` do both.
 
     load_state_dict with a dense checkpoint quantises while copying; `.to(device)` and deepcopy move the packed tensors;
     casts (`model.half()`) change what it reads as, not what is stored.
@@ -17,6 +17,9 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmpeft.adapters.storage.on_kernels import kernel_form
+from mmpeft.kernels import quantised
 
 aten = torch.ops.aten
 
@@ -62,6 +65,9 @@ class PackedWeight(Tensor):
 
     def dense(self) -> Tensor:
         """The dequantised values in this tensor's dtype."""
+        form = kernel_form(self.scheme, self.packed, self.shape)
+        if form is not None and quantised.runs(form, self.dtype):
+            return quantised.dequantise(form, self.dtype).view(self.shape)
         return self.scheme.dequantise(self.packed, self.shape).to(self.dtype)
 
     @property
@@ -96,7 +102,7 @@ class PackedWeight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) > 1 and isinstance(args[1], PackedWeight) and torch.is_grad_enabled():
+        if func is F.linear and len(args) > 1 and isinstance(args[1], PackedWeight):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return PackedLinear.apply(args[0], args[1], bias)  # type: ignore[no-untyped-call]
         if func is Tensor.to and kwargs.get("copy"):  # an own copy to train ("full"), not a model that is moved or cast
@@ -124,6 +130,10 @@ class PackedLinear(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         ctx.packed, ctx.dtype, ctx.bias = w, dtype, bias is not None
+        few = x.numel() <= quantised.FEW_ROWS * x.shape[-1]
+        form = kernel_form(w.scheme, w.packed, w.shape) if few and x.ndim and x.dtype == (dtype or w.dtype) else None
+        if form is not None and quantised.runs(form, x.dtype):
+            return quantised.linear(x, form, bias)
         dense = w.dense()
         if dtype is not None:
             x, dense, bias = x.to(dtype), dense.to(dtype), None if bias is None else bias.to(dtype)

@@ -11,10 +11,9 @@ Nothing here imports a simulator until a picture is rendered or an episode recor
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmpeft.errors import nearest
+from mmpeft.lazy import lazy
 
 if TYPE_CHECKING:
     from mmpeft.data.demos.dataset import Demonstrations as Demonstrations
@@ -28,21 +27,16 @@ if TYPE_CHECKING:
 
 #: public name -> file; a file is imported when one of its names is used
 _LAZY = {
-    "DemoFolder": "store",
-    "Demonstrations": "dataset",
-    "Episode": "store",
-    "FrameCache": "frames",
-    "collect": "record",
-    "read_lerobot": "lerobot",
-    "read_robomimic": "robomimic",
-    "verify": "record",
-    "write_lerobot": "lerobot",
-    "write_robomimic": "robomimic",
+    "DemoFolder": ".store",
+    "Demonstrations": ".dataset",
+    "Episode": ".store",
+    "FrameCache": ".frames",
+    "collect": ".record",
+    "read_lerobot": ".lerobot",
+    "read_robomimic": ".robomimic",
+    "verify": ".record",
+    "write_lerobot": ".lerobot",
+    "write_robomimic": ".robomimic",
 }
 __all__ = list(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, _LAZY)}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__ = lazy(__name__, _LAZY)

@@ -68,6 +68,7 @@ class Demonstrations(Dataset[dict[str, Any]]):
                 **({"shift": shift} if shift is not None else {}),
             }
         self._caches: dict[int, FrameCache] = {}
+        self._mapped: dict[int, NDArray[np.uint8]] = {}  # mapping a file for every sample was half the cost of a batch
         self.episodes: list[tuple[int, Episode]] = []
         for i, store in enumerate(self.stores):
             seeds = store.seeds[:episodes]
@@ -122,6 +123,8 @@ class Demonstrations(Dataset[dict[str, Any]]):
             ConfigError: the dataset was made without views. FileFormatError: pictures of another length than the
                 episode.
         """
+        if number in self._mapped:
+            return self._mapped[number]
         where, episode = self.episodes[number]
         if self._pictures is None:
             raise ConfigError("these demonstrations were opened without views")
@@ -136,7 +139,12 @@ class Demonstrations(Dataset[dict[str, Any]]):
             raise FileFormatError(
                 f"{self.stores[where].path}: {len(found)} pictures for {len(episode)} steps of seed {episode.seed}"
             )
+        self._mapped[number] = found
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes map the files themselves."""
+        return {**self.__dict__, "_mapped": {}}
 
     def _chosen(self, store: DemoFolder, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The asked-for views out of imported pictures."""

@@ -99,7 +99,7 @@ class GymEnv(RobotEnv):
 
     def _spaces(self) -> dict[str, gym.Space[Any]]:
         raw = self.sim.observation_space
-        state, whole = self._part(raw), gym.spaces.flatdim(raw)
+        state = self._part(raw)
         spaces: dict[str, gym.Space[Any]] = {
             "state": gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(state),), np.float32),
             "instruction": text_space(),
@@ -108,7 +108,7 @@ class GymEnv(RobotEnv):
         if self.views:
             spaces["images"] = gym.spaces.Box(0, 255, (1, self.image_size, self.image_size, 3), np.uint8)
         if self.full_state:
-            spaces["full_state"] = gym.spaces.Box(-np.inf, np.inf, (whole,), np.float64)
+            spaces["full_state"] = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(raw),), np.float64)
         return spaces
 
     def _part(self, value: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +26,9 @@ from mmpeft.policies.envs.sentences import SENTENCES, Wording, sentence
 from mmpeft.policies.envs.views import Noise, Shift, View, as_dataclass, as_views, digest
 
 HORIZON = 500  # the library's own; its simulator refuses to go on after it
-STATE = 4  # hand x, y, z in metres; gripper opening, 0 closed to 1 open
+#: how many of the simulator's 39 numbers `state` holds. The robot's own 4 are hand x, y, z in metres and the gripper's
+#: opening, 0 closed to 1 open; all of them say where every object and the goal is, which only a simulator knows.
+STATES = {"proprioception": 4, "full": 39}
 
 
 class MetaworldEnv(RobotEnv):
@@ -36,6 +38,7 @@ class MetaworldEnv(RobotEnv):
         task: "push-v3", ... (50). views: pictures an observation holds: names of `views.VIEWS`, cameras, or `View`s;
             () for none.
         image_size: side of the pictures in pixels. max_steps: at most 500.
+        state: "proprioception", or "full" for policies that need no eyes (see `STATES`).
         full_state: observations also hold the 39 numbers that the scripted expert reads.
         instruction: "canonical", or "train" or "heldout" to draw a paraphrase by the episode's seed.
         shift: other looks (camera, light, colours). noise: sensor noise.
@@ -54,6 +57,7 @@ class MetaworldEnv(RobotEnv):
         views: Sequence[str | View | Mapping[str, Any]] | str = ("corner2",),
         image_size: int = 96,
         max_steps: int = HORIZON,
+        state: Literal["proprioception", "full"] = "proprioception",
         full_state: bool = False,
         instruction: Wording = "canonical",
         shift: Shift | Mapping[str, Any] | None = None,
@@ -66,6 +70,9 @@ class MetaworldEnv(RobotEnv):
         if positive_steps("max_steps", max_steps) > HORIZON:
             raise ConfigError(f"Metaworld's episodes have at most {HORIZON} steps, got max_steps {max_steps}")
         positive_steps("image_size", image_size)
+        if state not in STATES:
+            raise NameNotFound(f"no state {state!r}{nearest(str(state), STATES)}; there are {', '.join(STATES)}")
+        self.state, self.state_size = state, STATES[state]
         sentence(task, instruction, 0)
         self.task, self.name = task, f"metaworld:{task}"
         self.image_size, self.max_steps, self.full_state, self.wording = (
@@ -89,7 +96,7 @@ class MetaworldEnv(RobotEnv):
     def _spaces(self) -> dict[str, gym.Space[Any]]:
         size = self.image_size
         spaces: dict[str, gym.Space[Any]] = {
-            "state": gym.spaces.Box(-np.inf, np.inf, (STATE,), np.float32),
+            "state": gym.spaces.Box(-np.inf, np.inf, (self.state_size,), np.float32),
             "instruction": text_space(),
         }
         if self.views:
@@ -114,7 +121,7 @@ class MetaworldEnv(RobotEnv):
         return float(reward), False, self._steps >= self.max_steps, {"success": bool(info["success"])}
 
     def observe(self) -> Observation:
-        observation: Observation = {"state": self.full[:STATE].astype(np.float32), "instruction": self.text}
+        observation: Observation = {"state": self.full[: self.state_size].astype(np.float32), "instruction": self.text}
         if self.views:
             observation["images"] = self.pictures()
         if self.full_state:
@@ -150,6 +157,7 @@ class MetaworldEnv(RobotEnv):
         """As the base class says, with the views; `looks` names what decides a pixel, the shift included."""
         looks = digest(*self.views, self.look, self.image_size) if self.views else None
         options = {"views": [dataclasses.asdict(v) for v in self.views], "image_size": self.image_size}
+        options |= {"state": self.state} if self.state != "proprioception" else {}
         views = digest(*self.views) if self.views else None
         return {**super().describe(), "views": views, "looks": looks, "options": options}
 

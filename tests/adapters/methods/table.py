@@ -56,6 +56,17 @@ def rolled(w: Tensor) -> Tensor:
     return torch.stack([w.roll(j) for j in range(len(w))], 1)
 
 
+def bat_product(W: Tensor, D: Tensor) -> Tensor:
+    """Every 4 x 4 block of W times its row's D."""
+    rows = zip(W.split(4, 0), D, strict=True)
+    return torch.cat([torch.cat([w @ d for w in row.split(4, 1)], 1) for row, d in rows], 0)
+
+
+def series(Q: Tensor) -> Tensor:
+    """The first terms of a rotation."""
+    return torch.eye(len(Q)).to(Q) + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
+
+
 def skew_of(v: Tensor, b: int) -> Tensor:
     Q = torch.zeros(b, b, dtype=v.dtype)
     Q[tuple(torch.triu_indices(b, b, 1))] = v
@@ -247,6 +258,13 @@ ROWS: dict[str, Row] = {
         lambda o, i: 6 * o,
         factored=True,
     ),
+    "miss-bat": Row(
+        blocks.MiSS(rank=4, bat=True),
+        lambda W, p: (
+            W + block(list(p["D"])) @ torch.eye(4).to(W).repeat(len(p["D"]), W.shape[1] // 4) + bat_product(W, p["D"])
+        ),
+        lambda o, i: 4 * o,
+    ),
     "oft": Row(
         orthogonal.OFT(block_size=4),
         lambda W, p: W @ block([rotation(q, 4) for q in p["Q"]]),
@@ -256,6 +274,11 @@ ROWS: dict[str, Row] = {
         orthogonal.OFT(block_size=4, side="out"),
         lambda W, p: block([rotation(q, 4) for q in p["Q"]]) @ W,
         lambda o, i: o // 4 * 6,
+    ),
+    "oft-neumann": Row(
+        orthogonal.OFT(block_size=4, neumann=5),
+        lambda W, p: W @ block([series(skew_of(q, 4)) for q in p["Q"]]),
+        lambda o, i: i // 4 * 6,
     ),
     "oft-share": Row(
         orthogonal.OFT(block_size=4, share=True),
@@ -389,7 +412,7 @@ ROWS: dict[str, Row] = {
         size=1.0,
     ),
     "sparse-rows": Row(
-        sparse.SparseRows(count=3),
+        mmpeft.SparseRows(count=3),
         lambda W, p: torch.stack(
             [w + p["value"][p["index"].tolist().index(r)] if r in p["index"] else w for r, w in enumerate(W)]
         ),
@@ -397,7 +420,7 @@ ROWS: dict[str, Row] = {
         stacks=False,
     ),
     "sparse-columns": Row(
-        sparse.SparseRows(count=2, axis="columns", criterion="magnitude"),
+        mmpeft.SparseRows(count=2, axis="columns", criterion="magnitude"),
         lambda W, p: W + p["value"] @ torch.eye(W.shape[1], dtype=W.dtype)[p["index"]],
         lambda o, i: 2 * o,
         stacks=False,
@@ -458,7 +481,7 @@ PLACES = [
         "embedding",
         lambda: Host(nn.Embedding(16, 24)),
         lambda: torch.randint(0, 16, (3, 7)),
-        refuses=frozenset({"ssf"}),
+        refuses=frozenset({"ssf", "attn-scale-lite"}),
     ),
     Place("mha", lambda: _Wide(), lambda: torch.randn(3, 5, 16), "inner.site[q,v]"),
     Place("read", lambda: _Read(), lambda: torch.randn(3, 5, 16), "inner.qkv[k]"),
@@ -510,6 +533,7 @@ def weight_delta(model: nn.Module, adapter: str = "a") -> Any:
     return next(d for d in deltas(model, adapter) if "bias" not in d.site.tensor)
 
 
-from rows_rank import RANK_ROWS  # noqa: E402  (rows of further families; they use `Row` from here)
+from rows_new import NEW_ROWS  # noqa: E402  (rows of further families; they use `Row` from here)
+from rows_rank import RANK_ROWS  # noqa: E402
 
-ROWS.update(RANK_ROWS)
+ROWS.update({**RANK_ROWS, **NEW_ROWS})

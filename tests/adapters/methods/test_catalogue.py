@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from names import PENDING, WHERE
+from names import ALIASES, BUILT, OPTIONS, PENDING, WHERE
 
+import mmpeft
 from mmpeft.adapters import catalogue
 from mmpeft.adapters.method import REGISTRY
 
@@ -46,3 +48,35 @@ def test_a_row_says_what_the_class_is():
     assert cells["OFT"][4:8] == ("11,904", "matrix", "yes", "no")  # 24 blocks of 32 * 31 / 2
     assert cells["RED"][4:8] == ("1,536", "call", "no", "yes")
     assert all(row[2] for row in cells.values()), "every method says what it is"
+
+
+def resolved(path):
+    """The object behind `Name`, `function` or `tasks.Name`."""
+    home, _, name = path.rpartition(".")
+    return getattr(mmpeft.tasks if home.endswith("tasks") else mmpeft, name)
+
+
+def test_what_is_asked_for_by_name_is_code_that_a_test_names():
+    tests = [p for p in PAGE.parents[1].joinpath("tests").rglob("test_*.py")] + [*Path(__file__).parent.glob("*.py")]
+    texts = [p.read_text(encoding="utf-8") for p in tests if p.name != "names.py"]
+    for name, path in BUILT.items():
+        assert callable(resolved(path)), name
+        word = re.compile(rf"\b{path.rpartition('.')[2]}\b")
+        assert any(word.search(text) for text in texts), f"no test names {path}"
+    for name, (cls, options) in OPTIONS.items():
+        assert resolved(cls)(**options), name
+
+
+def test_the_surveys_other_names_are_aliases_and_the_docstring_or_file_says_so():
+    for alias, cls in ALIASES.items():
+        assert REGISTRY[alias] is resolved(cls), alias
+
+
+def test_what_an_entry_puts_in_backticks_exists():
+    """Of the entries that are no class: the first word in each pair of backticks that looks like one of ours."""
+    known = {"use", "merge"}
+    for other in catalogue.OTHERS:
+        for code in re.findall(r"`([^`]+)`", other.here):
+            word = re.match(r"(?:mmpeft\.)?((?:tasks\.)?[A-Za-z_]\w*)", code)
+            if word and word[1] not in known and not code.endswith(".py"):
+                assert callable(resolved(word[1])), f"{other.name}: {code}"

@@ -263,6 +263,8 @@ SMALL = {
     "boft": mmpeft.BOFT(block_size=2, m=1),
     "boft-noscale": mmpeft.BOFT(block_size=2, m=1, scale=False),
     "miss": mmpeft.MiSS(rank=4),
+    "miss-bat": mmpeft.MiSS(rank=2, bat=True),
+    "oft-neumann": mmpeft.OFT(block_size=2, neumann=5),
 }
 WHOLE = (
     "did",
@@ -271,6 +273,8 @@ WHOLE = (
     "shira",
     "pafi",
     "spiel",
+    "spiel-ma",
+    "dna",
     "diff-pruning",
 )  # these take the stack as one list of numbers
 SHARED = {"kadaptation": ("A",), "kadaptation-full": ("A",), "delta-lora": ("on",)}

@@ -311,6 +311,10 @@ CALLS = {
     "compacter": ("*.mlp", mmpeft.Compacter(reduction=1, n=2)),
     "phm": ("*.mlp", mmpeft.PHMAdapter(reduction=2, n=2)),
     "red": ("*.mlp", mmpeft.RED()),
+    "dra": ("*.{mlp,out}", mmpeft.DRA()),
+    "krona-b": ("*.mlp", mmpeft.KronAB(scale=2.0)),
+    "krona-res": ("*.mlp", mmpeft.KronARes(a1=2, a2=4)),
+    "ada-deft": ("*.mlp", mmpeft.AdaDEFT()),
     "lofit": ("*.out", mmpeft.LoFiT()),
     "lofit-scaling": ("*.out", mmpeft.HeadScaling()),
 }

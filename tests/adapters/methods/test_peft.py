@@ -1,7 +1,5 @@
-"""HF PEFT as oracle: its tensors, random, copied into ours give the weight it merges to. Where PEFT is wrong there is
-no row here: OFT on kernels above 1 (it folds overlapping patches), BOFT with m > 1 (it silently sets m = 1 without its
-    CUDA extension; the
-permutations are compared instead), HRA and C3A on anything but a linear layer."""
+"""HF PEFT as oracle: its tensors, random, copied into ours give the weight it merges to. Folders, both ways, are in
+`tests/adapters/test_peft*.py`; where PEFT is wrong in `test_peft_wrong.py`."""
 
 from __future__ import annotations
 

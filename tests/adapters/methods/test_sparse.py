@@ -44,6 +44,8 @@ def test_each_criterion_equals_its_sum_over_samples():
         "sensitivity": (w * g).abs().mean(0),
         "movement": -(w * g).mean(0),
         "change": (w - 0.5).abs(),
+        "second_order": g.mean(0).square() / g.square().mean(0),
+        "wanda": w.abs() * x.norm(dim=0),
     }
     start = {"0.weight": torch.full((9, 6), 0.5), "2.weight": torch.zeros(3, 9)}
     evidence = gather(model, losses(model, x, y), start=start)

@@ -1,0 +1,182 @@
+"""What every fused part of a model shares: its adapters' masters, their compute copies, and when it stands back.
+
+Compute copies of A and B are rewritten when a master's version has changed, or after `train()` and `eval()` (where code
+that writes through `.data` sits). A call that the part does not compute goes to the module's own forward; the log says
+why, once a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.adapters.compiled.graphs import Graphed
+from mmpeft.adapters.compiled.route import Route
+from mmpeft.adapters.method import Delta
+from mmpeft.adapters.slot import part_of
+from mmpeft.adapters.state import Active, find_state, slots
+from mmpeft.adapters.storage.packed_weight import PackedWeight
+from mmpeft.adapters.wrapped import is_sharded
+from mmpeft.errors import Unsupported
+from mmpeft.kernels.fuse import LowRank
+from mmpeft.kernels.group import Group
+
+log = logging.getLogger("mmpeft.kernels")
+Place = tuple[str, tuple[int, int] | None]  # path of a linear below the module, row range (None: all)
+Sites = Mapping[Place, tuple[LowRank, Delta]]
+
+
+class FusedPart:
+    """A module on fused blocks.
+
+    Args:
+        model: the root that was given to `compile`. path: of `module` in it.
+        around: paths below the module whose adapters act as modules, beside the fused blocks.
+
+    Raises:
+        Unsupported: the active set, the storage or a site does not fit.
+    """
+
+    fused: Any
+    route: Route
+
+    def __init__(self, model: nn.Module, path: str, module: nn.Module, around: tuple[str, ...] = ()) -> None:
+        self.path, self.module, self.state, self.around = path, module, find_state(model), around
+        active = Active() if self.state is None else self.state.active
+        if self.state is None or len(active.names) != 1 or active.weights or active.rows or self.state.merged:
+            raise Unsupported("needs exactly one active adapter, not merged: mmpeft.use(model, name) first")
+        if any(is_sharded(p) for p in module.parameters()):
+            raise Unsupported("its parameters are sharded")
+        if any(isinstance(p, PackedWeight) for p in module.parameters()):
+            raise Unsupported("its weights are packed in few bits; the fused blocks hold them dense")
+        self.bound = active.names[0]
+        self._sites: dict[str, Sites] = {}
+        self.reasons: set[str] = set()
+        self.calls = {"fused": 0, "own": 0}
+        self.others = [p for _, _, slot in slots(module) for p in slot.parameters()]
+
+    def start(self, fused: Any, groups: list[Group], *, graphs: bool) -> None:
+        """Take over the module's calls, once its fused form is there."""
+        self.fused, self.groups = fused, groups
+        mine = groups[0].packed.buffer.untyped_storage().data_ptr()
+        linears = [m for m in self.module.modules() if isinstance(m, nn.Linear)]
+        self.first = next(m for m in linears if stored(m).untyped_storage().data_ptr() == mine)
+        self.place = stored(self.first).data_ptr()
+        self.versions, self.mark = self._now()
+        self.graphed = Graphed(fused.states) if graphs else None
+        self.route = Route(self.module, self)
+
+    def sites(self, name: str) -> Sites:
+        """An adapter's sites below the module, `around` left out.
+
+        Raises:
+            Unsupported: a site that the fused blocks do not compute, named with its method.
+        """
+        if name in self._sites:
+            return self._sites[name]
+        found: dict[Place, tuple[LowRank, Delta]] = {}
+        for path, owner, slot in slots(self.module):
+            for _, delta in slot.deltas((name,)) if path not in self.around else ():
+                base = owner._parameters.get(delta.site.tensor)
+                plain = isinstance(owner, nn.Linear) and delta.site.kind == "weight" and delta.site.tensor == "weight"
+                part = part_of(base, delta) if plain and base is not None else None
+                A, B = (None, None) if part is None else (part.factors.A, part.factors.B)
+                own = {id(p) for p in delta.parameters()}
+                if part is None or A is None or B is None or not {id(A), id(B)} <= own or not part.factors.additive:
+                    raise Unsupported(f"{delta.site.name}: {delta.method.name} is not a plain W + s B A of a linear layer")
+                found[path, delta.site.rows] = (LowRank(A, B, part.scale), delta)
+        if len({d.method.dropout for _, d in found.values()}) > 1:
+            raise Unsupported(f"the sites of {name!r} have different dropouts")
+        self._sites[name] = found
+        return found
+
+    def current(self, name: str | None = None) -> Any:
+        """The fused form with the compute copies of an adapter (default: the last used) as it is now.
+
+        Raises:
+            Unsupported: that adapter has other sites, ranks or scales than the one that was compiled.
+        """
+        fused, name = self.fused, name or self.bound
+        found = self.sites(name)
+        if self.bound != name:
+            first = self.sites(self.bound)
+            pairs = [(found[place][0], first[place][0]) for place in found if place in first]
+            same = len(pairs) == len(found) == len(first)
+            if not same or any(x.scale != y.scale or x.A.shape != y.A.shape for x, y in pairs):
+                raise Unsupported(f"{name!r} differs from {self.bound!r} in sites, ranks or scales")
+            masters = {id(y.A): x.A for x, y in pairs} | {id(y.B): x.B for x, y in pairs}
+            fused.rebind([masters[id(m)] for m in fused.masters])
+            self.bound = name
+            self.versions, self.mark = self._now()
+        versions, mark = self._now()
+        if versions != self.versions or mark is not self.mark:
+            fused.refresh()
+            self.versions, self.mark = versions, mark
+        delta = next(d for _, d in found.values())
+        fused.dropout = delta.method.dropout if delta.training else 0.0
+        return fused
+
+    def _now(self) -> tuple[list[int], Any]:
+        """The masters' versions, and an object that `train()` and `eval()` replace."""
+        mark = next(slot.cache for _, _, slot in slots(self.module))
+        return [m._version for m in self.fused.masters], mark
+
+    def name_of(self, x: Tensor | None, more: Mapping[str, object] | None = None) -> str:
+        """The adapter a call on x runs with; `more`: reason -> whether it holds.
+
+        Raises:
+            Unsupported: the call is for the module's own forward; the message says why.
+        """
+        assert self.state is not None
+        active, dtype = self.state.current(), stored(self.first).dtype
+        kind = stored(self.first).device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
+        single = len(active.names) == 1 and active.weights is None and active.rows is None and not active.base
+        reasons = {
+            "the active set is not one unmerged adapter": not single or self.state.bare or self.state.merged,
+            "adapters are stacked (mmpeft.unstack to use the fused blocks)": self.state.indexed,
+            "the weights were moved or cast since; call mmpeft.compile again": stored(self.first).data_ptr() != self.place,
+            f"inputs of another dtype than the weights' {dtype}": x is not None and x.dtype != dtype,
+            "autocast to another dtype than the weights'": autocast,
+            **(more or {}),
+        }
+        if why := next((reason for reason, holds in reasons.items() if holds), None):
+            raise Unsupported(why)
+        return active.names[0]
+
+    def states(self, fused: Any, x: Tensor) -> Tensor:
+        """The fused form's output; a CUDA graph where no gradients flow."""
+        self.calls["fused"] += 1
+        run = fused.states if torch.is_grad_enabled() or fused.dropout or self.graphed is None else self.graphed
+        y: Tensor = run(x)
+        return y
+
+    def own(self, why: Unsupported) -> None:
+        """Note that a call goes to the module's own forward."""
+        self.calls["own"] += 1
+        if str(why) not in self.reasons:
+            self.reasons.add(str(why))
+            log.info("%s runs its own forward: %s", self.path or type(self.module).__name__, why)
+
+    def remove(self) -> None:
+        """The module's own forward again, and weights in storage of their own."""
+        self.route.remove()
+        buffers = {group.packed.buffer.untyped_storage().data_ptr() for group in self.groups}
+        for module in self.module.modules():
+            if isinstance(module, nn.Linear) and stored(module).untyped_storage().data_ptr() in buffers:
+                w = stored(module)
+                w.data = w.data.clone(memory_format=torch.contiguous_format)
+
+    def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def stored(linear: nn.Module) -> Tensor:
+    """A linear's weight as it lies in memory, whatever the attribute shows."""
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    return weight

@@ -1,0 +1,104 @@
+"""Towers of transformer blocks (ViT, SigLIP, wav2vec and kin): torch.compile with gradients, CUDA graphs without.
+
+A tower is found by structure: the smallest module around a ModuleList or Sequential of at least two blocks of one class
+that have an attention and an MLP (two norms, four linear layers). Llama-type decoders are not towers (`llama.py`). The
+adapted linears inside are one operator each (`kernels.lowrank`), so a tower is one graph with its adapters unmerged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmpeft.adapters.compiled.graphs import Graphed
+from mmpeft.adapters.compiled.llama import decoders
+from mmpeft.adapters.compiled.route import Route
+from mmpeft.adapters.state import SLOT, find_state
+from mmpeft.errors import Unsupported
+
+if TYPE_CHECKING:
+    from mmpeft.adapters.compiled.model import Compiled
+
+
+def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """(path, module, blocks) of every tower outside of Llama-type decoders, outermost list first."""
+    inside = {id(m) for _, d in decoders(model) for m in d.modules()}
+    taken: set[int] = set(inside)
+    for path, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList | nn.Sequential) and (count := _blocks(child)) and name != SLOT:
+                taken |= {id(m) for m in module.modules()}
+                yield path, module, count
+                break
+
+
+def _blocks(stack: nn.Module) -> int:
+    """How many transformer blocks of one class a list holds; 0 where it holds anything else."""
+    blocks = [m for name, m in stack.named_children() if name != SLOT]
+    if len(blocks) < 2 or len({type(b).__qualname__ for b in blocks}) > 1:
+        return 0
+
+    def norms(block: nn.Module) -> int:
+        return sum("norm" in type(m).__name__.lower() for m in block.modules())
+
+    def linears(block: nn.Module) -> int:
+        return sum(isinstance(m, nn.Linear) for m in block.modules())
+
+    return len(blocks) if all(norms(b) >= 2 and linears(b) >= 4 for b in blocks) else 0
+
+
+class FastTower:
+    """A tower's forward: compiled where gradients flow, replayed from a CUDA graph where none do."""
+
+    def __init__(self, model: nn.Module, tower: nn.Module, *, backend: str | None, graphs: bool) -> None:
+        self.state, self.tower = find_state(model), tower
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return type(tower).forward(tower, *args, **kwargs)
+
+        self.run = run if backend is None else torch.compile(run, dynamic=False, backend=backend)
+        self.graphed = Graphed(self.run) if graphs else None
+        self.route = Route(tower, self)
+
+    def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        if self.graphed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.run(*args, **kwargs)
+        return self.graphed(*args, key=(program(self.state), _modes(self.tower)), **kwargs)
+
+
+def program(state: Any) -> Any:
+    """What of the adapters' state decides which operations run; switches within a stack do not."""
+    return None if state is None else (state.indexed or state.active, state.merged, state.bare)
+
+
+def _modes(tower: nn.Module) -> bool:
+    return any(m.training for m in tower.modules())
+
+
+def apply(
+    model: nn.Module, compiled: Compiled, *, graphs: bool, backend: str = "inductor", devices: tuple[str, ...] = ("cuda",),
+    fused: Collection[int] = (),
+) -> None:  # fmt: skip
+    """Every tower of the model that is on one of `devices`, but those around a stack of ids `fused`."""
+    every = list(find(model))
+    found = [t for t in every if not any(id(m) in fused for m in t[1].modules())]
+    if not every:
+        raise Unsupported("no stack of transformer blocks outside of the decoders")
+    for path, tower, count in found:
+        part = f"tower {path or type(tower).__name__}"
+        kinds = {p.device.type for p in tower.parameters()}
+        if not kinds <= set(devices):
+            compiled.skip(part, f"{count} blocks on {', '.join(sorted(kinds))}: compiled and captured on a GPU only")
+            continue
+        try:
+            fast = FastTower(model, tower, backend=backend, graphs=graphs)
+        except Unsupported as error:
+            compiled.skip(part, str(error))
+            continue
+        how = f"{count} blocks in one torch.compile graph" + ("; CUDA graphs without gradients" if graphs else "")
+        compiled.add(part, how, fast.route.remove)
