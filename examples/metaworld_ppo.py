@@ -1,7 +1,7 @@
 """A weak clone of a Metaworld task, improved by practice: PPO on a LoRA adapter, the clone frozen beneath it.
 
     python examples/metaworld_ppo.py                                    # half an hour on one core, no GPU, no pictures
-    python examples/metaworld_ppo.py --task pick-place-v3 --demos 8 --total-steps 300000
+    python examples/metaworld_ppo.py --task pick-place-v3 --max-steps 200 --total-steps 300000
 
 A state policy (the simulator's 39 numbers) is cloned from a few demonstrations of the scripted expert, too few to do the
 task reliably, and baked into the base. PPO then trains LoRA on trunk and head with the task's own dense
@@ -49,20 +49,20 @@ def weak_clone(task: str, folder: Path, *, demos: int, steps: int, options: dict
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="pick-place-v3")
+    parser.add_argument("--task", default="reach-v3")
     parser.add_argument("--demos", type=int, default=8)
     parser.add_argument("--clone-steps", type=int, default=400)
-    parser.add_argument("--total-steps", type=int, default=400_000, help="actions in all environments together")
+    parser.add_argument("--total-steps", type=int, default=150_000, help="actions in all environments together")
     parser.add_argument("--num-envs", type=int, default=16)
-    parser.add_argument("--decisions", type=int, default=64, help="of each environment in an iteration")
+    parser.add_argument("--decisions", type=int, default=50, help="of each environment in an iteration")
     parser.add_argument("--execute", type=int, default=2, help="actions of a chunk before the next look, in training")
-    parser.add_argument("--max-steps", type=int, default=200, help="of an episode, in training and evaluation")
-    parser.add_argument("--min-std", type=float, default=0.2, help="exploration, in standard deviations of the actions")
+    parser.add_argument("--max-steps", type=int, default=100, help="of an episode, in training and evaluation")
+    parser.add_argument("--min-std", type=float, default=0.5, help="exploration, in standard deviations of the actions")
     parser.add_argument(
         "--reward", default="env", choices=("env", "success"), help="dense, or 1 for success and no more"
     )
     parser.add_argument("--gamma", type=float, default=0.97, help="of an action")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--episodes", type=int, default=100, help="of the evaluation, seeds 70000 and on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="runs/ppo")

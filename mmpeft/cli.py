@@ -87,14 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_HANDLER = logging.StreamHandler()
-_HANDLER.setFormatter(logging.Formatter("%(message)s"))
+class _ToStderr(logging.Handler):
+    """Writes to what sys.stderr is at the moment, which may change between two commands of one process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+_HANDLER = _ToStderr()
 
 
 def _show_log() -> None:
     """What mmpeft logs goes to stderr; Lightning and transformers show their own."""
     log = logging.getLogger("mmpeft")
-    _HANDLER.setStream(sys.stderr)  # whatever it is now
     if _HANDLER not in log.handlers:
         log.addHandler(_HANDLER)
         log.propagate = False

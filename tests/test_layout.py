@@ -1,6 +1,8 @@
 """The layout holds: imports only downwards, a light `import mmpeft`, files that tell one story."""
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,17 @@ def test_light_import():
     command = [sys.executable, "-c", code]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout.splitlines()
     assert lines == [*parts, "True"]
+
+
+@pytest.mark.parametrize("part", ["mmpeft", "mmpeft.data", "mmpeft.data.demos", "mmpeft.policies", "mmpeft.tasks"])
+def test_names_of_the_front_pages_have_a_home(part):
+    page = importlib.import_module(part)
+    for name, home in page._LAZY.items():
+        spec = importlib.util.find_spec(importlib.util.resolve_name(home, part))
+        assert spec is not None and spec.origin.startswith(str(PACKAGE)), (name, home)
+    wrong = f"{next(iter(page._LAZY))}s"
+    with pytest.raises(AttributeError, match=f"module '{part}' has no attribute '{wrong}' .nearest: {wrong[:-1]}"):
+        getattr(page, wrong)
 
 
 def test_torchaudio_is_never_imported_at_package_level():

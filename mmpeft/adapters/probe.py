@@ -37,8 +37,8 @@ def noise(deltas: Iterable[Delta], draw: int = 0) -> Iterator[dict[int, Tensor]]
             p.requires_grad_(True)
         with torch.no_grad():
             for p in params:
-                draw = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-                p.add_(draw * (0.02 + 0.1 * float(p.abs().mean())))
+                change = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+                p.add_(change * (0.02 + 0.1 * float(p.abs().mean())))
         yield kept
     finally:
         for p, flag in zip(params, flags, strict=True):

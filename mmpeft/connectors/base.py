@@ -212,12 +212,12 @@ def _rows(connector: Connector, reader: nn.Module, tokens: Tensor, mask: Tensor 
     """What `reader` sees of a sample, valid tokens only: [M, d_v] before a Linear, [M, C] normalised in a LayerNorm."""
     if isinstance(reader, nn.Linear):  # stacked frames and shuffled pixels repeat the same channels
         return tokens.reshape(-1, tokens.shape[-1]) if mask is None else tokens[mask]
+    assert isinstance(reader, nn.LayerNorm)
     if tokens.dim() == 2 and reader.weight.shape[-1] != tokens.shape[-1]:
         raise ConfigError(f"{type(connector).__name__} normalises groups of tokens: calibrate needs them as [N, T, d_v]")
     seen = connector.first_view(tokens) if tokens.dim() == 3 else tokens
     if mask is not None:
         seen = seen[connector.first_view(mask.unsqueeze(-1)).all(-1) if tokens.dim() == 3 else mask]
-    assert isinstance(reader, nn.LayerNorm)
     return F.layer_norm(seen.reshape(-1, seen.shape[-1]).float(), reader.normalized_shape, eps=reader.eps)
 
 

@@ -108,7 +108,7 @@ class PerceiverResampler(Connector):
         return self.num_latents
 
     def channel_readers(self) -> list[nn.Linear | nn.LayerNorm]:
-        return [layer.norm_media for layer in self.layers]
+        return [layer.norm_media for layer in self.layers if isinstance(layer, PerceiverLayer)]
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         latents = self.latents.to(tokens.dtype).expand(len(tokens), -1, -1)

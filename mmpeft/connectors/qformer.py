@@ -240,8 +240,11 @@ class QFormer(Connector):
             )
         if isinstance(self.ln_vision, nn.LayerNorm):
             return [self.ln_vision]
-        crossing = (layer.cross_attention for layer in self.core.layers)
-        return [linear for attention in crossing if attention is not None for linear in (attention.key, attention.value)]
+        found: list[nn.Linear | nn.LayerNorm] = []
+        for layer in self.core.layers:
+            if isinstance(layer, QFormerLayer) and layer.cross_attention is not None:
+                found += [layer.cross_attention.key, layer.cross_attention.value]
+        return found
 
     def connect(
         self,

@@ -133,7 +133,8 @@ def meta_model(name: str, *, labels: int | None = None, dtype: torch.dtype = tor
             )
         source, rest = "hf", name
     with torch.device("meta"):
-        return _SOURCES[source](rest, labels).to("meta", dtype)  # wav2vec 2.0 makes one tensor by other means
+        model: nn.Module = _SOURCES[source](rest, labels)
+        return model.to("meta", dtype)  # wav2vec 2.0 makes one tensor by other means
 
 
 POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of learned positions

@@ -37,6 +37,7 @@ class ByTask:
         if not folders:
             raise ConfigError("no adapter folder given")
         self.adapters: dict[str, str] = {}
+        self.environment: dict[str, Any] = {}
         policy: Policy | None = None
         for number, folder in enumerate(folders):
             where = read_metadata(folder).get(KEY, {}).get("environment") or {}
@@ -45,10 +46,9 @@ class ByTask:
             if where["name"] in self.adapters:
                 raise ConfigError(f"two of the folders were trained for {where['name']}; give one adapter a task")
             self.adapters[where["name"]] = name = f"task{number}"
-            policy = load_policy(folder, policy, name=name)
-            if number:
-                check_trained_for(self.environment, where, needs=policy.reads)
-            self.policy, self.environment = policy, where if number == 0 else self.environment
+            self.policy = policy = load_policy(folder, policy, name=name)
+            self.environment = self.environment or dict(where)
+            check_trained_for(self.environment, where, needs=policy.reads)
         self.reads, self.execute, self.chunk = self.policy.reads, self.policy.execute, self.policy.chunk
 
     def reset(self, num_envs: int | None = None, *, seed: int = 0) -> None:

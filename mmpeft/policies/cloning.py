@@ -101,7 +101,7 @@ def clone(
         loss = policy(part.batch)
         total = loss if penalty is None else loss + penalty()
         if not bool(torch.isfinite(total)):
-            raise ConfigError(f"the loss is {float(total)} at step {step}; take a smaller lr than {lr}")
+            raise ConfigError(f"the loss is {float(total.detach())} at step {step}; take a smaller lr than {lr}")
         optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -15,7 +15,7 @@ import argparse
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -77,6 +77,6 @@ def _numbers() -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _report(row: dict[str, float]) -> None:
+def _report(row: Mapping[str, float]) -> None:
     shown = ("iteration", "steps", "episodes", "success", "return", "kl", "seconds")
     print("  ".join(f"{k} {row[k]:.4g}" for k in shown), flush=True)

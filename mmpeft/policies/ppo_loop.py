@@ -30,7 +30,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmpeft.adapters import parameter_groups, use
+from mmpeft.adapters import detach, parameter_groups, use
 from mmpeft.adapters.plan import Plan, PlanLike
 from mmpeft.errors import ConfigError
 from mmpeft.policies.policy import Policy, save_policy
@@ -87,9 +87,9 @@ class PPOResult:
     def value(self, observation: Mapping[str, Any]) -> NDArray[np.float32]:
         """The worth of a batch of states [B], as the critic sees it: with reward="success" and gamma near 1 about the
         probability of success, which is what SayCan calls the affordance of a skill."""
-        found: NDArray[np.float32] = self.critic(
-            self.actor.clone(self.actor.observe(observation, look=True))[1]
-        ).cpu().numpy()
+        found: NDArray[np.float32] = (
+            self.critic(self.actor.clone(self.actor.observe(observation, look=True))[1]).cpu().numpy()
+        )
         return found
 
     def save_curve(self, path: str | Path) -> None:
@@ -143,32 +143,36 @@ def ppo(
     names = (*((over,) if isinstance(over, str) else tuple(over)), adapter)
     told = names[:-1] if reference is None else reference
     clone = (told,) if isinstance(told, str) else tuple(told)
-    steps_at_once = policy.execute if execute is None else execute
-    made = not isinstance(env, VectorEnv)
-    if made and not isinstance(env, str | Sequence):
+    if not isinstance(env, VectorEnv | str | Sequence):
         raise ConfigError(f"env is a name, several, or a gymnasium.vector.VectorEnv; given a {type(env).__name__}")
-    if made and steps_at_once > policy.chunk:
-        raise ConfigError(f"execute={steps_at_once} actions of a chunk of {policy.chunk}")
     given = dict(options or {})
     if "images" not in policy.reads:
         given.setdefault("views", ())
     attach_adapter(policy, plan, adapter, names, clone)
-    skill = policy.current()
-    if made and skill.environment is not None:
-        given = {**skill.environment.get("options", {}), **given}
-    vector = Vector(
-        make_vector(
-            env, num_envs=num_envs, asynchronous=asynchronous, options=given, execute=steps_at_once, gamma=gamma, reward=reward
-        ) if made else env  # type: ignore[arg-type]
-    )  # fmt: skip
+    made: VectorEnv[Any, Any, Any] | None = None
     try:
+        if not isinstance(env, VectorEnv):
+            where = policy.current().environment or {}
+            made = make_vector(
+                env, num_envs=num_envs, asynchronous=asynchronous, options={**where.get("options", {}), **given},
+                execute=policy.execute if execute is None else execute, gamma=gamma, reward=reward,
+            )  # fmt: skip
+        vector = Vector(env if isinstance(env, VectorEnv) else made)  # type: ignore[arg-type]
         check_actions(policy, vector)
-        valid = None if skill.actions is None else skill.actions.valid.to(next(policy.parameters()).device)
-        actor = Actor(policy, density, names, clone, vector.execute, valid)
+    except BaseException:
+        if plan is not None:
+            detach(policy, adapter)
+        if made is not None:
+            made.close()
+        raise
+    norm = policy.current().actions
+    valid = None if norm is None else norm.valid.to(next(policy.parameters()).device)
+    actor = Actor(policy, density, names, clone, vector.execute, valid)
+    try:
         return _train(actor, vector, settings, folder, checkpoint_every, report)
     finally:
-        if made:
-            vector.close()
+        if made is not None:
+            made.close()
 
 
 def _train(

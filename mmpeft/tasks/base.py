@@ -178,6 +178,9 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises FileFormatError, naming every tensor of the adapter that is missing, unknown or misshapen."""
+        self.total_steps = checkpoint.get(EXTRA, {}).get("total_steps")
+        if "state_dict" not in checkpoint:
+            return  # a strategy that shards the model (FSDP2) reads the tensors into it itself and leaves the rest
         given: Mapping[str, Tensor] = checkpoint["state_dict"]
         own = {k: v for k, v in self.state_dict().items() if k in self.kept()}
         problems = [f"missing {k}" for k in sorted(set(own) - set(given))]
@@ -190,7 +193,6 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
         if problems:
             more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise FileFormatError("the checkpoint does not fit this plan:\n  " + "\n  ".join(problems[:20]) + more)
-        self.total_steps = checkpoint.get(EXTRA, {}).get("total_steps")
 
 
 PROVISIONAL_STEPS = 400  # the schedule's length before BudgetedSteps has measured it: only the warm-up is read from it

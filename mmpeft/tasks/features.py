@@ -68,7 +68,8 @@ def calibrate_connectors(
 ) -> None:
     """Start each connector from standardised channels, measured on the training media; see `Connector.calibrate`."""
     for modality, cache in caches.items():
-        tokens, count = [], 0
+        tokens: list[torch.Tensor] = []
+        count = 0
         for key in train[modality]:
             if tokens and count >= CALIBRATION_TOKENS:
                 break

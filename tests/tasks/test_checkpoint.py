@@ -79,6 +79,13 @@ def test_another_plan_is_refused_by_name(tokenizer, make_trainer, tmp_path):
         make_trainer(max_steps=4).fit(wide, datamodule=data_of(), ckpt_path=tmp_path / "step=3.ckpt")
 
 
+def test_a_strategy_that_loads_the_tensors_itself_gives_the_rest(tokenizer):
+    """FSDP2's hands over a checkpoint without its tensors; the length of the schedule must come through."""
+    task = task_of(tokenizer, PLAN)
+    task.on_load_checkpoint({"mmpeft": {"total_steps": 7, "adapter": "default"}})
+    assert task.total_steps == 7
+
+
 def test_rules_give_the_optimizer_their_rates(tokenizer, make_trainer):
     plan = [
         {"match": "connectors.image", "train": "full", "lr": 0.02, "weight_decay": 0.1},

@@ -152,3 +152,19 @@ def test_an_adapter_is_continued(make_trainer, tmp_path):
     make_trainer(max_steps=2).fit(more, ControlData(Demos(episodes=2, steps=30)))
     assert more.model.current().actions.statistics == task.model.current().actions.statistics
     assert not np.array_equal(more.model.act(observation()), task.model.act(observation()))
+
+
+def test_an_adapter_without_a_folder_lies_beside_the_logs(make_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path, name="push", version="")
+    make_trainer(max_steps=2, logger=logger, callbacks=[AdapterCheckpoint()]).fit(
+        ControlTask(blind(), PLAN), ControlData(Demos(), batch_size=16)
+    )
+    assert load_policy(tmp_path / "push" / "adapter").act(observation()).shape == (3, 5, 3)
+    with pytest.raises(ConfigError, match="needs folder="):
+        make_trainer(max_steps=2, logger=False, callbacks=[AdapterCheckpoint()]).fit(
+            ControlTask(blind(), PLAN), ControlData(Demos(), batch_size=16)
+        )
+    with pytest.raises(ConfigError, match="renderers"):
+        ControlData(Demos(), renderers=-1)

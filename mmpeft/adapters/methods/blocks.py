@@ -121,7 +121,8 @@ class MiSS(Ranked, name="miss", aliases=("bone",)):
     def weight(self, W: Tensor, p: Delta) -> Tensor:
         if not self.bat:
             return super().weight(W, p)
-        blocks = W.unflatten(-2, (-1, self.rank)).unflatten(-1, (-1, self.rank)).transpose(-3, -2)
+        (*stack, out, in_), r = W.shape, self.rank
+        blocks = W.reshape(*stack, out // r, r, in_ // r, r).transpose(-3, -2)
         turned: Tensor = blocks @ p.D.unsqueeze(-3) + p.D.unsqueeze(-3)  # [*, out / r, in / r, r, r]
         return W + turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
