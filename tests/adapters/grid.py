@@ -85,7 +85,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "ITI": {"num_heads": (None, 2, 1)},
     "AttnScaleLite": {"num_heads": (None, 2, 1)},
 }
-SPREAD = {"Propulsion": 0.05, "RandLoRA": 0.1, "FourierFT": 0.5, "C3A": 1.0, "DID": 2.0, "SAID": 2.0}
+SPREAD = {"Propulsion": 0.05, "DeltaLoRA": 0.1, "RandLoRA": 0.1, "FourierFT": 0.5, "C3A": 1.0, "DID": 2.0, "SAID": 2.0}
 INVARIANT = {("AdaDEFT", "vit-blocks"): "a factor on what the final norm reads changes nothing"}
 TRAINS_NOTHING = {"LayerDrop"}  # regularisers: not in the grid
 GAP = {"IncreLoRA": 1e-4}  # how far the start is from the base, where it is not within rounding

@@ -44,6 +44,26 @@ def launch(*args, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "folder"), [("ddp", "quickstart"), ("fsdp2", "sharded")])
+def test_two_processes_go_on_from_a_checkpoint(small_llm, workplace, name, folder):
+    """An epoch, then a second one in new processes from Lightning's checkpoint: the adapter moves on from where it was."""
+    options = [f"{LLM}={small_llm}", *SIZES, "--trainer.accelerator=cpu"]
+    options += ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]
+    configs = ("--config", "examples/vqa_digits.yaml", "--config", f"examples/strategy_{name}.yaml")
+    saved = workplace / "runs" / folder / "adapter"
+    launch(*configs, *options, "--trainer.max_epochs=1", devices=2)
+    steps, before = mmpeft.read_metadata(saved)["step"], load_file(saved / "adapter.safetensors")
+    (checkpoint,) = (workplace / "runs/quickstart/logs/checkpoints").glob(f"*step={steps}.ckpt")
+    kept = torch.load(checkpoint, weights_only=False)
+    assert kept["mmpeft"]["total_steps"] == steps and len(kept["state_dict"]) == len(before)
+    said = launch(*configs, *options, "--trainer.max_epochs=2", "--ckpt_path", str(checkpoint), devices=2)
+    after = load_file(saved / "adapter.safetensors")
+    assert "Restored all states" in said and mmpeft.read_metadata(saved)["step"] == 2 * steps
+    change = torch.cat([(after[key] - value).abs().flatten() for key, value in before.items()])
+    assert 0 < float(change.max()) < 1e-2  # the schedule had ended; weights made anew would differ by far more
+
+
+@pytest.mark.slow
 def test_two_processes(small_llm, workplace):
     """DDP and FSDP2 on the CPU: the same training, to rounding, and a process of its own answers as the trainer did."""
     options = [f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
