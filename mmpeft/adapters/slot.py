@@ -21,7 +21,7 @@ from mmpeft.adapters.method import Delta, Factors, wide
 from mmpeft.adapters.rows import join_rows, only_rows, split_rows, take_rows
 from mmpeft.adapters.site import put_rows, slice_rows
 from mmpeft.adapters.state import Active, State
-from mmpeft.adapters.wrapped import is_sharded
+from mmpeft.adapters.wrapped import is_sharded, versions_tell
 from mmpeft.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Slot(nn.Module):
     def _cached(self, tensor: str, start: Tensor, deltas: list[tuple[str, Delta]], active: Active) -> Tensor:
         """W' kept between reads without gradients, until a source, the active set or W' itself changes."""
         sources = (start, *(p for _, d in deltas for p in d.parameters()))
-        if any(t.is_inference() for t in sources):  # inference tensors keep no version
+        if not versions_tell() or any(t.is_inference() for t in sources):  # inference tensors keep no version
             return self._compose(start, deltas, active)
         key = (active, tuple(t._version for t in sources), any(d.training for _, d in deltas))
         found = self.cache.get(tensor)

@@ -39,9 +39,23 @@ def class_name(model: nn.Module) -> str:
     return cls.__name__
 
 
+_seen: set[str] = set()
+
+
 def is_sharded(t: Any) -> bool:
     """Whether `t` is a DTensor."""
-    return type(t) not in (Tensor, nn.Parameter) and hasattr(t, "full_tensor")
+    if type(t) in (Tensor, nn.Parameter) or not hasattr(t, "full_tensor"):
+        return False
+    _seen.add("sharded")
+    return True
+
+
+def versions_tell() -> bool:
+    """Whether a tensor's version says that it changed, so that what is made of it may be kept.
+
+    Not in a process that shards: FSDP2 gathers new values into the same tensors and keeps their versions.
+    """
+    return not _seen
 
 
 def whole(t: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def clone(
         if not bool(torch.isfinite(total)):
             raise ConfigError(f"the loss is {float(total.detach())} at step {step}; take a smaller lr than {lr}")
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))

@@ -192,7 +192,8 @@ class Vector:
 
     def reset(self, seed: int) -> dict[str, Any]:
         """Begin an episode in every row, of seeds seed, seed + 1, ..."""
-        observation, info = self.env.reset(seed=[(seed + i) % 2**31 for i in range(self.num_envs)])
+        seeds: Any = [(seed + i) % 2**31 for i in range(self.num_envs)]  # Gymnasium's annotation knows one number only
+        observation, info = self.env.reset(seed=seeds)
         self.waiting = np.zeros(self.num_envs, bool)
         return self._observation(observation, info)
 
@@ -200,7 +201,8 @@ class Vector:
         """One decision a row: actions [N, execute, A], of discrete ones [N, execute]."""
         given = actions if self.chunked else actions[:, 0]
         if not self.discrete:
-            given = np.clip(given, self.single.low, self.single.high).astype(self.single.dtype)
+            box: Any = self.single
+            given = np.clip(given, box.low, box.high).astype(box.dtype)
         observation, reward, terminated, truncated, info = self.env.step(given)
         valid, first = ~self.waiting, self.waiting
         ended = (terminated | truncated) & valid
@@ -212,7 +214,7 @@ class Vector:
         elif ended.any():
             first = ended
             if self.mode == AutoresetMode.SAME_STEP:
-                successor = _replaced(found, {int(i): _row(info["final_obs"], i) for i in np.flatnonzero(ended)})
+                successor = _replaced(found, {int(i): _row(info["final_obs"], int(i)) for i in np.flatnonzero(ended)})
             else:
                 again, info = self.env.reset(options={"reset_mask": ended.copy()})
                 found = self._observation(again, info)
@@ -223,8 +225,9 @@ class Vector:
 
     def describe(self) -> dict[str, Any] | None:
         """`describe()` of the first environment, if it has one."""
+        env: Any = self.env
         try:
-            found: dict[str, Any] = self.env.call("describe")[0]
+            found: dict[str, Any] = env.call("describe")[0]
         except AttributeError:
             return None
         return found

@@ -33,11 +33,9 @@ class Critic(nn.Module):
     def __init__(self, in_dim: int, width: int = 128) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_dim)
-        self.layers = nn.Sequential(
-            nn.Linear(in_dim, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
-        )
-        for layer, gain in zip(self.layers[::2], (2**0.5, 2**0.5, 1.0), strict=True):
-            assert isinstance(layer, nn.Linear)
+        linears = [nn.Linear(in_dim, width), nn.Linear(width, width), nn.Linear(width, 1)]
+        self.layers = nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2])
+        for layer, gain in zip(linears, (2**0.5, 2**0.5, 1.0), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -170,9 +168,9 @@ class Walk:
             over = moment.terminated | moment.truncated
             after = torch.full(log_prob.shape, float("nan"), device=log_prob.device)  # NaN: the next decision's value
             if moment.successor is not moment.observation and moment.truncated.any():
-                last = self.actor.observe(moment.successor | {"first": np.zeros_like(over)}, look=True)
+                shown = self.actor.observe(moment.successor | {"first": np.zeros_like(over)}, look=True)
                 cut = torch.from_numpy(moment.truncated).to(after.device)
-                after[cut] = critic(self.actor.clone(last)[1])[cut]
+                after[cut] = critic(self.actor.clone(shown)[1])[cut]
             new = (moment.reward * self.scale, moment.terminated, over, self.gamma**moment.steps, moment.valid, after)
             for key, array in zip(seen, new, strict=True):
                 seen[key].append(torch.as_tensor(array, device=log_prob.device))

@@ -137,6 +137,8 @@ def test_fsdp2_reads_its_shard_through_the_property_and_leaves_the_base_alone(on
             optimizer.step()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        with torch.no_grad():  # nothing that was kept from the step before
+            assert loss_sum(model, *batch).item() == pytest.approx(loss_sum(plain, *batch).item(), rel=1e-5)
     model.reshard()
     for (n, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert isinstance(p, DTensor)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "examples" / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,7 +28,7 @@ def test_minigrid(tmp_path):
     pytest.importorskip("minigrid", reason="minigrid is not installed (pip install 'mmpeft[robot]')")
     output = tmp_path / "result.json"
     args = ["--walks", "2", "--clone-steps", "3", "--total-steps", "1200", "--episodes", "3", "--folder", str(tmp_path)]
-    check(example("minigrid_ppo").main([*args, "--output", str(output)]), output)
+    check(example("minigrid_ppo.py").main([*args, "--output", str(output)]), output)
 
 
 def test_metaworld(tmp_path):
@@ -36,4 +36,4 @@ def test_metaworld(tmp_path):
     output = tmp_path / "result.json"
     args = ["--demos", "1", "--clone-steps", "3", "--total-steps", "100", "--num-envs", "2", "--decisions", "20"]
     args += ["--max-steps", "60", "--episodes", "2", "--folder", str(tmp_path)]
-    check(example("metaworld_ppo").main([*args, "--output", str(output)]), output)
+    check(example("metaworld_ppo.py").main([*args, "--output", str(output)]), output)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, check_rank, wide, zeros
 from mmpeft.adapters.site import Site
+from mmpeft.adapters.wrapped import versions_tell
 from mmpeft.errors import ConfigError, Unsupported
-from mmpeft.kernels.dora import RowNorms
+from mmpeft.kernels.dora import RowNorms, row_norm
 
 NORMS = RowNorms()
 Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
@@ -112,7 +113,9 @@ class DoRA(LoRA, name="dora"):
     def factors(self, W: Tensor, p: Delta) -> Factors:
         f = super().factors(W, p)
         assert f.A is not None and f.B is not None
-        norm = NORMS.of(p, W, f.A.detach(), f.B.detach(), f.scale, [getattr(p, n) for n in p.saved if n != "m"])
+        A, B = f.A.detach(), f.B.detach()
+        sources = [getattr(p, n) for n in p.saved if n != "m"]
+        norm = NORMS.of(p, W, A, B, f.scale, sources) if versions_tell() else row_norm(W, A, B, f.scale)
         return Factors(f.A, f.B, f.scale, row=p.m / norm)
 
     def lr_ratio_of(self, parameter: str) -> float:
