@@ -4,10 +4,10 @@
     python -m benchmarks.metaworld_adaptation
     python -m benchmarks.metaworld_adaptation --table
 
-The 24-task policy is baked into the base, so that "adapters off" is that policy. Four ways to learn the new: `lora`, `conv`
-(with LoRA in the trunk), `full` (a copy of every weight), `scratch` (a new policy from the 10 demonstrations). Each is
-scored on the new, on the old 24 tasks with what it learned switched on, and on the old with it switched off, where it can be:
-full fine-tuning as everybody does it overwrites the policy, so its old is the one switched on.
+The new is learned by an adapter over the 24-task policy's own, so that "off" is that policy. Four ways: `lora`, `conv` (with
+LoRA in the trunk), `full` (the policy's own weights go on training, and the encoder's stages with them), `scratch` (a new
+policy from the 10 demonstrations). Each is scored on the new, on the old 24 tasks with what it learned switched on, and on the
+old with it switched off, where it can be: full fine-tuning overwrites the policy, so its old is the one switched on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from benchmarks.metaworld_rows import (
     BLOCKS,
     RESULTS,
     RUNS,
-    WHOLE,
     Row,
     arguments,
     clone,
     evaluate,
     pooled,
     read,
+    rules,
     run,
     scores,
     sizes,
@@ -58,7 +58,7 @@ def plan_of(arm: str) -> dict[str, Any]:
     return {
         "lora": trunk | {f"{BLOCKS}.{{3,4}}.*.{{conv_pw,conv_pwl}}": mmpeft.LoRA(rank=16, alpha=16)},
         "conv": trunk | {f"{BLOCKS}.{{3,4}}.*": mmpeft.ConvAdapter(size=16)},
-        "full": WHOLE | {f"{BLOCKS}.{{3,4}}": {"train": "full", "lr": 3e-4}},
+        "full": {f"{BLOCKS}.{{3,4}}": {"train": "full", "lr": 3e-4}},
     }[arm]
 
 
@@ -79,20 +79,21 @@ def adapt(row: Row) -> dict[str, Any]:
     import mmpeft
     from mmpeft.policies import load_policy
 
-    policy = load_policy(RUNS / "adapters" / f"24_conv_s{row.seed}")
-    skill = policy.current()
-    mmpeft.detach(policy, bake=True)
-    policy.skill = skill  # the statistics stay those of the 24 tasks
-    before = fingerprint(policy)
-    seconds = train(row, policy, plan_of(row.arm), adapter="new")
+    policy = load_policy(RUNS / "adapters" / f"24_conv_s{row.seed}", name="old")
+    before, policy.skill = fingerprint(policy), policy.current()  # the statistics stay those of the 24 tasks
+    mmpeft.attach(policy, rules(plan_of(row.arm)), "new")
+    mmpeft.use(policy, ["old", "new"])
+    mmpeft.trainable(policy, ["old", "new"] if row.arm == "full" else ["new"])
+    seconds = train(row, policy, None, adapter="new")
     old = dataclasses.replace(
         row, tasks=VISION_TASKS if row.episodes > 1 else row.tasks, shift=(), episodes=min(OLD_EPISODES, row.episodes)
     )
     found = scores(evaluate(row, policy)) | {"train_seconds": round(seconds, 1), **sizes(policy)}
     found["old_on"] = counts(evaluate(old, policy))
-    with mmpeft.use(policy, None):
-        found["off_is_bit_identical"] = bool(torch.equal(before, fingerprint(policy)))
-        found["old_off"], found["new_off"] = counts(evaluate(old, policy)), counts(evaluate(row, policy))
+    if row.arm != "full":
+        with mmpeft.use(policy, "old"):
+            found["off_is_bit_identical"] = bool(torch.equal(before, fingerprint(policy)))
+            found["old_off"], found["new_off"] = counts(evaluate(old, policy)), counts(evaluate(row, policy))
     return found
 
 

@@ -81,6 +81,15 @@ class Row:
         return seen | ({"shift": dict(self.shift)} if self.shift else {})
 
 
+def rules(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """A plan's mapping as rules; a mapping in place of a method holds the rule's other fields."""
+    found = []
+    for match, what in plan.items():
+        fields = what if isinstance(what, dict) else {"train": what} if isinstance(what, str) else {"method": what}
+        found.append({"match": match, **fields})
+    return found
+
+
 def folder_of(task: str) -> Path:
     return RUNS / "demos" / task
 
@@ -148,7 +157,7 @@ def demonstrations_of(row: Row) -> Any:
 
 
 def train(row: Row, policy: Any, plan: Any, *, adapter: str = "default", cached: bool = True) -> float:
-    """Clone the demonstrations; gives the seconds of training."""
+    """Clone the demonstrations; gives the seconds of training. `plan` None: `adapter` is attached already."""
     import lightning.pytorch as lightning
 
     from mmpeft.tasks import ControlData, ControlTask
@@ -158,7 +167,7 @@ def train(row: Row, policy: Any, plan: Any, *, adapter: str = "default", cached:
         demonstrations_of(row), batch_size=row.batch, seed=row.seed, workers=row.workers,
         cache=str(RUNS / "prefix") if cached and row.arm not in ("blind", "full", "scratch") else None,
     )  # fmt: skip
-    task = ControlTask(policy, plan, lr=row.lr, adapter=adapter)
+    task = ControlTask(policy, None if plan is None else rules(plan), lr=row.lr, adapter=adapter)
     trainer = lightning.Trainer(
         accelerator="auto", devices=1, max_epochs=-1, max_steps=row.steps, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, default_root_dir=str(RUNS),
