@@ -112,6 +112,18 @@ def test_cache_refusals(tmp_path):
         PolicySamples(Demos(), make_policy(), copies=0)
 
 
+def test_pictures_without_a_cache_move_in_training_only():
+    good = PolicySamples(Demos(), make_policy())[2]
+    sizes = {"action_dim": 3, "state_dim": 4, "chunk": 5, "discrete": False}
+    moving, still = PolicyProcessor(**sizes, shift=4), PolicyProcessor(**sizes)
+    torch.manual_seed(0)
+    drawn = [moving.encode(good, train=True)["images"] for _ in range(4)]
+    assert all(d.shape == good["images"].shape and d.dtype == torch.uint8 for d in drawn)
+    assert any(not torch.equal(d, good["images"]) for d in drawn) and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(moving.encode(good, train=False)["images"], good["images"])
+    assert torch.equal(still.encode(good, train=True)["images"], good["images"])
+
+
 def test_processor_refuses_by_name():
     processor = PolicyProcessor(action_dim=3, state_dim=4, chunk=5, discrete=False)
     good = PolicySamples(Demos(), make_policy())[2]
