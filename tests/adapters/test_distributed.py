@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import Attention, deltas, fill
 from torch import nn
 
 import mmpeft
+from tests.two_ranks import start, two_ranks
 
 TOKENS = (3, 7)  # supervised tokens of rank 0 and rank 1
 
@@ -69,14 +68,7 @@ def train_one(steps=3):
     return losses, [p.detach() for d in deltas(model) for p in d.parameters()]
 
 
-def _start(rank, world, store):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-
-
-def _ddp(rank, store, out):
-    torch.set_num_threads(1)
-    _start(rank, 2, store)
+def _ddp(rank, out):
     model = model_of()
     mmpeft.check_distributed(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -94,11 +86,10 @@ def _ddp(rank, store, out):
         dist.all_reduce(mean)
         losses.append(mean.item())
     torch.save((losses, [p.detach() for d in deltas(model) for p in d.parameters()]), f"{out}.{rank}")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_with_unequal_token_counts_train_as_one(tmp_path):
-    mp.spawn(_ddp, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2, start_method="spawn")
+    two_ranks(_ddp, tmp_path / "out")
     losses, weights = train_one()
     for rank in range(2):
         got_losses, got = torch.load(tmp_path / f"out.{rank}")
@@ -109,7 +100,7 @@ def test_two_ranks_with_unequal_token_counts_train_as_one(tmp_path):
 @pytest.fixture
 def one_rank():
     with tempfile.TemporaryDirectory() as folder:
-        _start(0, 1, f"{folder}/store")
+        start(0, 1, f"{folder}/store")
         yield
         dist.destroy_process_group()
 

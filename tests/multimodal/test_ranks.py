@@ -1,26 +1,12 @@
 """Two ranks with unequal token counts, one of them without any image, give the gradients of one."""
 
-import datetime
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpeft.multimodal import global_mean
+from tests.two_ranks import two_ranks
 
-from .kit import ask, build_model, image, text
-
-LIMIT = datetime.timedelta(seconds=60)
-CHILD = """
-import pathlib, sys
-sys.path.insert(0, sys.argv[1])
-from tests.multimodal.kit import build_tokenizer
-from tests.multimodal.test_ranks import run_rank
-run_rank(1, build_tokenizer(), pathlib.Path(sys.argv[2]))
-"""
+from .kit import ask, build_model, build_tokenizer, image, text
 
 
 def parts(model):
@@ -28,11 +14,9 @@ def parts(model):
     return [[model.encode(with_image)], [model.encode(ask(text("Which?"))), model.encode(ask(text("And this?")))]]
 
 
-def run_rank(rank, tokenizer, folder):
+def run_rank(rank, folder):
     """One step of one rank; leaves its loss and gradients in the folder."""
-    meet = f"file://{folder}/meet"
-    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=LIMIT)
-    model = build_model("llama", tokenizer, audio=None, state=None)
+    model = build_model("llama", build_tokenizer(), audio=None, state=None)
     batch = model.collate(parts(model)[rank])
     counts = [None, None]
     torch.distributed.all_gather_object(counts, batch["target_ids"].numel())
@@ -41,16 +25,10 @@ def run_rank(rank, tokenizer, folder):
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     torch.save({"loss": loss.detach(), "gradients": gradients, "counts": counts}, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_with_unequal_counts_equal_one(tokenizer, tmp_path):
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(root), str(tmp_path)], env=environment)
-    run_rank(0, tokenizer, tmp_path)
-    assert child.wait(timeout=120) == 0
+    two_ranks(run_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     model = build_model("llama", tokenizer, audio=None, state=None)
