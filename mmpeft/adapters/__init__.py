@@ -4,7 +4,7 @@ from mmpeft.adapters.attach import attach, bare, detach
 from mmpeft.adapters.inspect import Inspection, inspect
 from mmpeft.adapters.method import Delta, Factors, Method
 from mmpeft.adapters.methods.activation import RED, SSF, HeadScaling, LoFiT, Propulsion, lofit_plan
-from mmpeft.adapters.methods.attention import DRA, ETT, AttnScale, AttnScaleLite, Prefix, fit_ett
+from mmpeft.adapters.methods.attention import DRA, AttnScale, AttnScaleLite
 from mmpeft.adapters.methods.blocks import GraLoRA, MiSS
 from mmpeft.adapters.methods.bottleneck import AdaptFormer, Bottleneck
 from mmpeft.adapters.methods.circulant import C3A, SURM, FourierFT
@@ -43,6 +43,7 @@ from mmpeft.adapters.methods.masks import APT, StructuredMask, mask_l1
 from mmpeft.adapters.methods.orthogonal import BOFT, HRA, OFT
 from mmpeft.adapters.methods.pedro import PEDRO, prompt_mask
 from mmpeft.adapters.methods.phm import Compacter, PHMAdapter
+from mmpeft.adapters.methods.prefix import ETT, Prefix, PrefixTuning, fit_ett
 from mmpeft.adapters.methods.quantised import LRQAT, PEQA, QALoRA, merge_qalora
 from mmpeft.adapters.methods.relora import Jagged, ReLoRA, restart
 from mmpeft.adapters.methods.scaling import IA3
@@ -58,7 +59,7 @@ from mmpeft.adapters.methods.xpeft import XPEFT
 from mmpeft.adapters.plan import Plan, Rule
 from mmpeft.adapters.selection.apt import APTController, apt_distill
 from mmpeft.adapters.selection.autolora import AutoLoRASearch
-from mmpeft.adapters.selection.compact import compact, drop_sites, prune_channels
+from mmpeft.adapters.selection.compact import compact, drop_sites, plain_prefixes, prune_channels
 from mmpeft.adapters.selection.ird import fish_ird
 from mmpeft.adapters.selection.laplace import Laplace
 from mmpeft.adapters.selection.layers import LayerSampler

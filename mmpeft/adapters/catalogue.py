@@ -69,6 +69,7 @@ OTHERS = (
     Other("Adafish", "`mmpeft.tasks.AdaFish`, a second-order optimizer for low-rank factors; the survey says selection"),
     Other("GaLore, Natural GaLore", "`mmpeft.tasks.GaLore` and `mmpeft.tasks.NaturalGaLore`, optimizers for `\"full\"`"),
     Other("FISH-IRD", "`fish_ird`, which attaches a `FishMask`; what the survey cites for FISH Mask"),
+    Other("MaM adapter", "a plan: `PrefixTuning` (or `Prefix`) at the attention, `AdaptFormer` at the feed-forward"),
     Other("U-MaM", "`prune_entries` on a plan of `Prefix` and `AdaptFormer`, the two parts of MaM"),
     Other("S-MaM", "`prune_units` on the same plan: tokens and units, with real compaction"),
     Other("SM3, SpIEL-MA's optimizer", "`SM3`; `spiel_ma_step` moves the places"),

@@ -107,6 +107,13 @@ def test_prefix_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(again, x)[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
+def test_prefix_tuning_is_written_as_the_prefix_it_makes(tmp_path: Path) -> None:
+    ours = mmpeft.attach(llama(), {"**.self_attn": mmpeft.PrefixTuning(num_tokens=5, hidden=6)}, example=TEXT)
+    export_peft(ours, tmp_path, example=TEXT)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(outputs(theirs, TEXT), outputs(ours, TEXT), atol=1e-5, rtol=1e-5)
+
+
 def test_prefixes_without_counterpart(tmp_path: Path) -> None:
     """Learned positions are added to the input, so PEFT's shift of them is no prefix's doing; and every layer has one."""
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)

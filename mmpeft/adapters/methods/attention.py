@@ -1,13 +1,9 @@
-"""Methods that work inside an attention: on its scores, or on the keys and values it sees.
+"""Methods that work inside an attention: on its scores, or (`prefix.py`) on the keys and values it sees.
 
     AttnScale      Basu et al. 2023, arXiv 2304.01917: the scores times a trained matrix, softmax(A * S) V
     AttnScaleLite  there too: one trained number a head, which folds into the query projection
-    Prefix         keys and values of their own before those of the tokens (prefix tuning without its
-                   reparametrisation, as P-tuning v2; the prefix of MaM)
-    ETT            Xu et al. 2023, arXiv 2301.02419: a prefix generated from prototypes of the support set
-    DRA            the domain residual adapter of both papers: a trained offset after attention and feed-forward
-
-    {"blocks.*.attn": [mmpeft.ETT(), mmpeft.DRA()], "blocks.*.mlp": mmpeft.DRA()}, then fit_ett: eTT as published
+    DRA            the domain residual adapter of that paper and of eTT: a trained offset after attention and
+                   feed-forward
 
 Within the wrapped call, `F.scaled_dot_product_attention` is answered by the method: timm, transformers with
 `attn_implementation="sdpa"` and open_clip's custom blocks go through it. An attention that multiplies by hand has no
@@ -17,9 +13,9 @@ such place, and the liveness proof of `attach` names it as dead. `nn.MultiheadAt
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +25,8 @@ from torch.overrides import TorchFunctionMode
 from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, zeros
 from mmpeft.adapters.methods.activation import ChannelEdit, OutputGain, on_channels
 from mmpeft.adapters.methods.bottleneck import first_tensor, known_width, width_in
-from mmpeft.adapters.methods.low_rank import at_least, check_divides, kaiming, normal
-from mmpeft.adapters.probe import as_call
+from mmpeft.adapters.methods.low_rank import at_least, check_divides
 from mmpeft.adapters.site import Site, matrix_tensors
-from mmpeft.adapters.state import sites_of
-from mmpeft.adapters.switch import use
 from mmpeft.errors import ConfigError, Unsupported
 
 Attend = Callable[..., Tensor]
@@ -184,139 +177,6 @@ class AttnScaleLite(OutputGain, name="attn-scale-lite", aliases=("attnscalelite"
     def weight(self, W: Tensor, p: Delta) -> Tensor:
         gain: Tensor = p.s.repeat_interleave(W.shape[0] // len(p.s))
         return W * (gain if W.ndim == 1 else gain.unsqueeze(-1))
-
-
-@dataclass(frozen=True)
-class Prefix(InsideAttention, name="prefix"):
-    """Prefix of `num_tokens` trained keys and values in every matched attention, from N(0, `std`); 2 num_tokens width
-    parameters a site (width: that of the keys). Every token sees them, whatever the mask; keys are not rotated. The
-    softmax shares its mass with them, so the start is not the identity.
-
-    Args:
-        num_tokens: length of the prefix.
-        std: of the start.
-        num_heads: where it cannot be read off the module.
-    """
-
-    num_tokens: int = 10
-    std: float = 0.02
-    num_heads: int | None = None
-    identity_at_init = False
-
-    def __post_init__(self) -> None:
-        at_least(self, num_tokens=1)
-
-    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        _, kv, d = heads_of(site, context.module, self.num_heads)
-        like = next(context.module.parameters())
-        shape = (self.num_tokens, kv * d)
-        return Tensors({n: normal(*shape, std=self.std, like=like) for n in ("K", "V")}, facts={"kv": kv})
-
-    def prefix(self, p: Delta) -> tuple[Tensor, Tensor]:
-        """Keys and values [num_tokens, width of the keys]."""
-        return p.K, p.V
-
-    def attend(self, p: Delta, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, o: Any) -> Tensor:
-        shape = (len(q), p.facts["kv"], self.num_tokens, k.shape[-1])
-        front = [t.view(self.num_tokens, *shape[1::2]).transpose(0, 1).to(q.dtype) for t in self.prefix(p)]
-        if causal:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            mask = F.pad(mask, (self.num_tokens, 0), value=1 if mask.dtype == torch.bool else 0)
-        if k.shape[1] != shape[1]:  # already repeated for grouped queries
-            front = [t.repeat_interleave(k.shape[1] // shape[1], 0) for t in front]
-        k, v = (torch.cat([f.expand(len(q), -1, -1, -1), t], -2) for f, t in zip(front, (k, v), strict=True))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **o)
-
-    def flops(self, site: Site, tensors: Any) -> int:
-        return 0  # the cost is a longer row of scores
-
-
-@dataclass(frozen=True)
-class ETT(Prefix, name="ett", aliases=("attentive-prefix",)):
-    """Attentive prefix of eTT (arXiv 2301.02419): keys and values of a site are M tanh(W E), E [num_tokens, width] the
-    prototypes shared by the sites and trained on (`fit_ett` sets them; N(0, std) until then), W [hidden, width] shared,
-    M [2 width of the keys, hidden] the site's. One token a class in the paper. Parameters: width (num_tokens + hidden)
-    + sum over sites of 2 hidden width.
-
-    Choice: the paper leaves the generator's depth to its code; here it has one hidden layer without biases, and M
-    starts at 0, so that the first prefix attends like a zero token.
-
-    Args:
-        hidden: width of the generator.
-    """
-
-    hidden: int = 64
-
-    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
-        _, kv, d = heads_of(site, context.module, self.num_heads)
-        width = known_width(width_in(context.module), site, context.module)
-        like = next(context.module.parameters())
-        key = (self.name, context.sites[0])
-        first = key not in context.shared
-        if first:
-            E = normal(self.num_tokens, width, std=self.std, like=like)
-            context.shared[key] = nn.Parameter(E), nn.Parameter(kaiming(self.hidden, width, like=like))
-        shared = dict(zip(("E", "W"), context.shared[key], strict=True))
-        own = {"M": zeros(2, kv * d, self.hidden, like=like)}
-        facts = {"kv": kv, "seen": None}
-        return Tensors({**(shared if first else {}), **own}, derived={} if first else shared, facts=facts)
-
-    def prefix(self, p: Delta) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(p.E @ p.W.mT)
-        return h @ p.M[0].mT, h @ p.M[1].mT
-
-    def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if p.facts["seen"] is not None:
-            p.facts["seen"]["tokens"] = args[0] if args else next(iter(kwargs.values()))
-        return super().around(p, call, *args, **kwargs)
-
-    def attend(self, p: Delta, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, o: Any) -> Tensor:
-        if p.facts["seen"] is not None:
-            scores = q[..., :1, :] @ k.mT * (o.get("scale") or q.shape[-1] ** -0.5)
-            p.facts["seen"]["attention"] = scores.softmax(-1).mean(1).squeeze(1)  # of token 0, [B, S]
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **o)
-        return super().attend(p, q, k, v, mask, causal, o)
-
-
-@torch.no_grad()
-def fit_ett(model: nn.Module, support: Iterable[Any], labels: Tensor, *, name: str = "default") -> Tensor:
-    """Set the prototypes E of an ETT adapter from a support set: token i is the mean, over the images of class i, of
-    the tokens at the last ETT site weighted by the attention that token 0 (the class token) pays them there, with the
-    adapter off. Returns E [num_tokens, width].
-
-    Args:
-        support: inputs as in `attach(example=)`.
-        labels: class of each row of the inputs in order [n], 0 to num_tokens - 1.
-
-    Raises:
-        ConfigError: labels that do not fit, or classes without an example.
-    """
-    deltas = sites_of(model, ETT, name)
-    last = cast(Delta, deltas[-1])
-    n = cast(ETT, last.method).num_tokens
-    if sorted(set(labels.tolist())) != list(range(n)):
-        raise ConfigError(
-            f"labels {sorted(set(labels.tolist()))}; expected each of 0 to {n - 1}, one prefix token each"
-        )
-    rows = []
-    try:
-        with use(model, name):
-            for given in support:
-                for d in deltas:
-                    d.facts["seen"] = {}  # while it is there, the site notes what it sees and adds no prefix
-                args, kwargs = as_call(given)
-                model(*args, **kwargs)
-                rows.append(torch.einsum("bs,bsd->bd", last.facts["seen"]["attention"], last.facts["seen"]["tokens"]))
-    finally:
-        for d in deltas:
-            d.facts["seen"] = None
-    tokens = torch.cat(rows)
-    if len(tokens) != len(labels):
-        raise ConfigError(f"{len(labels)} labels for {len(tokens)} inputs")
-    E = torch.stack([tokens[labels.to(tokens.device) == c].mean(0) for c in range(n)])
-    last.E.copy_(E)
-    return cast(Tensor, last.E)
 
 
 @dataclass(frozen=True)

@@ -243,4 +243,5 @@ _ENCODERS: dict[str, Callable[[Writer, list[str]], dict[str, Any]]] = {
     "layernorm": layernorm,
     "prompt_tuning": write_prompts,
     "prefix": write_prefix,
+    "prefix-tuning": write_prefix,
 }

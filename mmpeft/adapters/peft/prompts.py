@@ -12,12 +12,12 @@ positions added to the input they are not, and such models are refused.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.methods.attention import Prefix
+from mmpeft.adapters.methods.prefix import Prefix, Prefixed
 from mmpeft.adapters.methods.tokens import PromptTuning
 from mmpeft.adapters.peft.codecs import Item
 from mmpeft.adapters.site import Site
@@ -87,7 +87,8 @@ def write_prefix(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     """PREFIX_TUNING, whose files hold nothing else."""
     layers = _attentions(writer.modules)
     given = {path: deltas[0] for (path, _), deltas in writer.sites.items()}
-    sizes = {delta.K.shape[0] for delta in given.values()}
+    pairs = {path: cast(Prefixed, delta.method).prefix(delta) for path, delta in given.items()}
+    sizes = {len(K) for K, _ in pairs.values()}
     reason = _no_rotary(writer.modules, layers)
     if reason is not None:
         writer.refused.append(reason)
@@ -101,8 +102,8 @@ def write_prefix(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     heads, width = _key_heads(next(iter(layers.values())))
     parts = []
     for path, owner in layers.items():
-        K = turned(writer.modules, owner, given[path].K.detach().view(n, heads, width), n)
-        parts += [K.flatten(1), given[path].V.detach()]
+        K, V = (t.detach() for t in pairs[path])
+        parts += [turned(writer.modules, owner, K.view(n, heads, width), n).flatten(1), V]
     writer.tensors[KEY] = torch.cat(parts, 1)
     return {
         "peft_type": "PREFIX_TUNING",

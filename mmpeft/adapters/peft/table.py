@@ -37,7 +37,7 @@ LEAVES: Mapping[str, Mapping[str, str | None]] = {
 }
 
 WEIGHT_METHODS = ("lora", "dora", "ia3", "vera", "randlora", *BY_METHOD)
-PROMPTS = ("prompt_tuning", "prefix")  # tokens of a language model: see `prompts.py`
+PROMPTS = ("prompt_tuning", "prefix", "prefix-tuning")  # tokens of a language model: see `prompts.py`
 VALUES = ("full", "bitfit", "layernorm")  # trained base tensors: see `values.py`
 
 
@@ -49,4 +49,8 @@ def files(method: str) -> str:
     return _PARTLY.get(method, "both ways" if method in (*WEIGHT_METHODS, *VALUES, *PROMPTS) else "")
 
 
-_PARTLY = {"rocoft": "columns of an embedding", "prefix": "of a decoder with rotary positions"}
+_PARTLY = {
+    "rocoft": "columns of an embedding",
+    "prefix": "of a decoder with rotary positions",
+    "prefix-tuning": "written as the prefix it makes",
+}

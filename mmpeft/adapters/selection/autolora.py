@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmpeft.adapters.methods.dynamic_rank import AutoLoRA
 from mmpeft.adapters.methods.lora import LoRA
 from mmpeft.adapters.plan import Plan, Rule
-from mmpeft.adapters.selection.compact import pattern_of
+from mmpeft.adapters.selection.edit import pattern_of
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError
 

@@ -4,9 +4,10 @@
     mmpeft.prune_channels(model, keep=0.5)        LoRA: the components with the smallest ||b_j|| ||a_j||, over all sites
     mmpeft.drop_sites(model, lambda site: ...)    whole sites (AdapterDrop's fixed form)
     mmpeft.compact(model, keep=masks)             also units of a bottleneck and tokens of a prefix (S-MaM)
+    mmpeft.plain_prefixes(model)                  a prefix without the MLP that made it (PrefixTuning, eTT)
 
 The outputs stay what they were with those components at zero. Tensors are new, so an optimizer must be made again. The
-adapter's plan gets one exact rule for each changed site, which is how its file loads with the smaller ranks.
+adapter's plan gets one exact rule for each changed site (`edit.py`), which is how its file loads with the smaller ranks.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta, Method, Tensors
-from mmpeft.adapters.methods.attention import Prefix
 from mmpeft.adapters.methods.bottleneck import AdaptFormer, Bottleneck
 from mmpeft.adapters.methods.dynamic_rank import Elastic
 from mmpeft.adapters.methods.lora import DoRA, LoRA, LoRAPlus
 from mmpeft.adapters.methods.low_rank import LowRank
-from mmpeft.adapters.plan import Rule
+from mmpeft.adapters.methods.prefix import Prefix, Prefixed
 from mmpeft.adapters.selection.criteria import top
+from mmpeft.adapters.selection.edit import editing, one_adapter
 from mmpeft.adapters.site import Site
-from mmpeft.adapters.state import slots, state_of
+from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError, Unsupported
 
 _PAIR: dict[str, int | None] = {"A": -2, "B": -1}
@@ -57,28 +58,19 @@ def compact(model: nn.Module, name: str | None = None, *, keep: Mapping[str, Ten
         ConfigError: nothing would be left, or a mask has the wrong length.
         Unsupported: stacks of experts, whose ranks may differ, and methods without components.
     """
-    name, state = _one(model, name), state_of(model)
-    if state.merged:
-        raise ConfigError(f"adapters {', '.join(state.merged)} are merged; unmerge before changing one")
-    todo: list[tuple[nn.ModuleDict, str, Delta, Tensor]] = []
-    total = 0
-    for _, _, slot in slots(model):
-        for key, delta in slot._modules.get(name, {}).items():
-            total += 1
-            mask = _mask(delta, keep)
-            if mask is not None:
-                todo.append((slot._modules[name], key, delta, mask))
-    if not todo:
-        raise ConfigError(f"adapter {name!r} has no site with components to take out")
-    if len(todo) == total and not any(bool(mask.any()) for *_, mask in todo):
-        raise ConfigError(f"no component of adapter {name!r} is in use; detach it instead")
-    for group, key, delta, mask in todo:
-        if bool(mask.any()):
-            group[key] = _smaller(delta, mask)
-        else:
-            del group[key]
-    _rewrite(model, name, [delta.site for _, _, delta, _ in todo])
-    return {delta.site.name: int(mask.sum()) for _, _, delta, mask in todo}
+    name = one_adapter(model, name)
+    with editing(model, name) as sites:
+        todo = [(place, mask) for place in sites if (mask := _mask(place.delta, keep)) is not None]
+        if not todo:
+            raise ConfigError(f"adapter {name!r} has no site with components to take out")
+        if len(todo) == len(sites) and not any(bool(mask.any()) for _, mask in todo):
+            raise ConfigError(f"no component of adapter {name!r} is in use; detach it instead")
+        for place, mask in todo:
+            if bool(mask.any()):
+                place.put(_smaller(place.delta, mask))
+            else:
+                place.drop()
+    return {place.delta.site.name: int(mask.sum()) for place, mask in todo}
 
 
 def prune_channels(
@@ -91,7 +83,7 @@ def prune_channels(
         keep: a number of components (int) or a share of them (float), of all sites together.
         per_site: of each site instead.
     """
-    name = _one(model, name)
+    name = one_adapter(model, name)
     found = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,)) if _has_pair(d)]
     if not found:
         raise ConfigError(f"adapter {name!r} has no site with a pair A, B")
@@ -113,26 +105,39 @@ def drop_sites(model: nn.Module, drop: Callable[[Site], bool], name: str | None 
     Raises:
         ConfigError: no site, or all of them.
     """
-    name = _one(model, name)
-    groups = [slot._modules[name] for _, _, slot in slots(model) if name in slot._modules]
-    found = [(g, key, d) for g in groups for key, d in g.items()]
-    gone = [(g, key, d) for g, key, d in found if drop(d.site)]
-    if not gone or len(gone) == len(found):
-        raise ConfigError(f"{len(gone)} of {len(found)} sites of adapter {name!r} would go; expected some, and not all")
-    for group, key, _ in gone:
-        del group[key]
-    _rewrite(model, name, [d.site for _, _, d in gone])
-    return [d.site.name for _, _, d in gone]
+    name = one_adapter(model, name)
+    with editing(model, name) as sites:
+        gone = [place for place in sites if drop(place.delta.site)]
+        if not gone or len(gone) == len(sites):
+            raise ConfigError(
+                f"{len(gone)} of {len(sites)} sites of adapter {name!r} would go; expected some, and not all"
+            )
+        for place in gone:
+            place.drop()
+    return [place.delta.site.name for place in gone]
 
 
-def _one(model: nn.Module, name: str | None) -> str:
-    state = state_of(model)
-    if name is None:
-        if len(state.entries) != 1:
-            raise ConfigError(f"the model has adapters {', '.join(state.entries)}; say which one: name=...")
-        return next(iter(state.entries))
-    state.check_names([name])
-    return name
+@torch.no_grad()
+def plain_prefixes(model: nn.Module, name: str | None = None) -> list[str]:
+    """Replace what generates prefixes (`PrefixTuning`, `ETT`) by the keys and values that it makes now, as `Prefix`;
+    returns the names of the sites.
+
+    Raises:
+        ConfigError: the adapter has no such site.
+    """
+    name = one_adapter(model, name)
+    with editing(model, name) as sites:
+        made = [place for place in sites if isinstance(place.delta.method, Prefixed)]
+        made = [place for place in made if not isinstance(place.delta.method, Prefix)]
+        if not made:
+            raise ConfigError(f"adapter {name!r} has no generated prefix; `PrefixTuning` and `ETT` make some")
+        for place in made:
+            d = place.delta
+            K, V = d.method.prefix(d)  # type: ignore[attr-defined]
+            tensors = Tensors({"K": K.clone(), "V": V.clone()}, facts={"kv": d.facts["kv"]})
+            method = Prefix(num_tokens=len(K), num_heads=d.method.num_heads)  # type: ignore[attr-defined]
+            place.put(Delta(method, d.site, tensors, d.rule).train(d.training))
+    return [place.delta.site.name for place in made]
 
 
 def _has_pair(delta: Delta) -> bool:
@@ -214,35 +219,3 @@ def _resized(method: Method, rank: int) -> Method:
     if "init_from" in known:
         changes["init_from"] = "default"  # the values are the file's; PiSSA's frozen pair would not match
     return replace(method, **changes)  # type: ignore[type-var]
-
-
-def _rewrite(model: nn.Module, name: str, changed: list[Site]) -> None:
-    """Exact rules, after the others, for every tensor (or call) of which a site changed; deltas point at them."""
-    entry = state_of(model).entries[name]
-    rules = list(entry.rules)
-    for place in dict.fromkeys(_place(site) for site in changed):
-        rules.append(Rule(place or ".").to_dict())  # frozen, which takes along what is below; that is named again
-        here = [d for _, _, slot in slots(model) for _, d in slot.deltas((name,))]
-        left = [d for d in here if not place or (_place(d.site) + ".").startswith(place + ".")]
-        for pattern, index in dict.fromkeys((pattern_of(d.site), d.rule) for d in left):
-            mine = [d for d in left if (pattern_of(d.site), d.rule) == (pattern, index)]
-            before = rules[index]
-            methods = tuple(d.method for d in mine)
-            for d in mine:
-                d.rule = len(rules)
-            rules.append(Rule(pattern, methods, before.get("lr"), before.get("weight_decay")).to_dict())
-    entry.rules = rules
-    for _, _, slot in slots(model):
-        slot.cache = {}
-        if name in slot._modules and not len(slot._modules[name]):
-            del slot._modules[name]
-
-
-def _place(site: Site) -> str:
-    """Path of the site's tensor, or of the module whose call it wraps."""
-    return f"{site.path}.{site.tensor}".strip(".")
-
-
-def pattern_of(site: Site) -> str:
-    """What matches this site alone."""
-    return (_place(site) or ".") + (f"[{site.role}]" if site.role else "")

@@ -6,7 +6,8 @@ start from more than the budget, score by first-order importance |w g|, keep the
     prune_units     structured, "S-": prefix tokens, units of bottlenecks, ranks of LoRA, with real compaction (S-MaM);
                     S-BitFit, whole bias vectors, is `place` on BitFit
 
-MaM itself (He et al. 2022) is the plan {"**.attn": Prefix(num_tokens=30), "**.mlp": AdaptFormer(size=512, scale=4.0)}.
+MaM itself (He et al. 2022) is the plan {"**.attn": Prefix(num_tokens=30), "**.mlp": AdaptFormer(size=512, scale=4.0)},
+or with `PrefixTuning`, whose MLP `plain_prefixes` takes off before pruning.
 The survey writes UBitFit and the like without saying that they are names of this search.
 """
 

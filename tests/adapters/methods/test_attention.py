@@ -127,6 +127,42 @@ def test_prefix_puts_keys_and_values_before_the_tokens_whatever_the_mask(options
         assert close(model(x, mask), finish(scores.softmax(-1) @ torch.cat([V, v], 2)), 1e-12)
 
 
+def test_prefix_tuning_makes_its_prefix_by_an_mlp_that_leaves_after_training(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Net(), Net()).double().eval(), torch.randn(3, 5, 8).double()
+    plan = {"*.attn": mmpeft.PrefixTuning(num_tokens=3, hidden=7)}
+    mmpeft.attach(model, plan, name="a", example=x)
+    assert mmpeft.inspect(model).trainable == 3 * 8 + 7 * (8 + 1) + 2 * 2 * 8 * (7 + 1)
+    fill(model, size=1.0)
+    first, second = deltas(model)
+    assert first.E is second.E and first.M is not second.M
+    h = torch.tanh(first.E @ first.W.T + first.w)
+    expected = x
+    for net_, d in zip(model, (first, second), strict=True):
+        K, V = (
+            (h @ M.T + m).view(3, 4, 2).transpose(0, 1).expand(3, 4, 3, 2) for M, m in zip(d.M, d.m, strict=True)
+        )
+        q, k, v = net_.attn.heads(net_.norm(expected))
+        y = (q @ torch.cat([K, k], 2).mT / 2**0.5).softmax(-1) @ torch.cat([V, v], 2)
+        expected = expected + net_.attn.o(y.transpose(1, 2).flatten(2))
+        expected = expected + net_.mlp(expected)
+    out = model(x)
+    assert close(out, expected, 1e-12)
+    grads = torch.autograd.grad(out.square().sum(), [first.E, first.W, first.w, second.M, second.m])
+    assert all(g.abs().max() > 1e-6 for g in grads)
+    assert mmpeft.plain_prefixes(model) == ["0.attn.call", "1.attn.call"]
+    assert mmpeft.inspect(model).trainable == 2 * 2 * 3 * 8 and close(model(x), out, 1e-12)
+    mmpeft.save(model, tmp_path)
+    torch.manual_seed(0)
+    other = nn.Sequential(Net(), Net()).double().eval()
+    mmpeft.load(other, tmp_path, example=x)
+    assert close(other(x), out, 1e-12) and {type(d.method) for d in deltas(other)} == {mmpeft.Prefix}
+    with pytest.raises(ConfigError, match="no generated prefix"):
+        mmpeft.plain_prefixes(model)
+    with pytest.raises(ConfigError, match="hidden 0"):
+        mmpeft.PrefixTuning(hidden=0)
+
+
 def test_ett_generates_its_prefix_from_prototypes_of_the_support_set(tmp_path):
     model, x = net()
     plan = {"attn": [mmpeft.ETT(num_tokens=2, hidden=3), mmpeft.DRA()], "mlp": mmpeft.DRA()}
@@ -162,6 +198,7 @@ def test_ett_generates_its_prefix_from_prototypes_of_the_support_set(tmp_path):
 METHODS = {
     "attn-scale": mmpeft.AttnScale(tokens=5),
     "prefix": mmpeft.Prefix(num_tokens=4),
+    "prefix-tuning": mmpeft.PrefixTuning(num_tokens=3, hidden=4),
     "ett": mmpeft.ETT(num_tokens=3, hidden=4),
 }
 

@@ -122,6 +122,41 @@ def test_dropping_whole_sites(tmp_path):
         mmpeft.drop_sites(model, lambda site: True)
 
 
+def uneven():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 6), torch.nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize("method", [mmpeft.FacTTK(rank=2), mmpeft.DID(dimension=5), mmpeft.VeRA(rank=3)])
+def test_what_sites_share_is_saved_with_the_first_that_is_left(method, tmp_path):
+    """And the file is that of an adapter which never had the dropped site."""
+    model, x = uneven(), torch.randn(3, 6)
+    mmpeft.attach(model, {"*": method}, name="a", example=x)
+    fill(model)
+    keeps_shapes = "3" if isinstance(method, mmpeft.VeRA) else "0"  # VeRA's projections are as wide as the widest
+    mmpeft.drop_sites(model, lambda site: site.path == keeps_shapes)
+    y = model(x)
+    mmpeft.save(model, tmp_path)
+    other = uneven()
+    mmpeft.load(other, tmp_path, example=x)
+    assert close(other(x), y, 1e-6) and len(deltas(other)) == 2
+
+
+@pytest.mark.parametrize(("method", "site"), [(mmpeft.VeRA(rank=3), "02"), (mmpeft.SAID(dimension=9), "0")], ids=str)
+def test_a_site_that_the_others_depend_on_stays(method, site, tmp_path):
+    model, x = uneven(), torch.randn(3, 6)
+    mmpeft.attach(model, {"*": method}, name="a", example=x)
+    fill(model)
+    y, sites = model(x), deltas(model)
+    with pytest.raises(Unsupported, match="looks at all sites of its rule.*nothing was changed"):
+        mmpeft.drop_sites(model, lambda s: s.path in site)
+    assert torch.equal(model(x), y) and all(a is b for a, b in zip(deltas(model), sites, strict=True))
+    mmpeft.save(model, tmp_path)
+    other = uneven()
+    mmpeft.load(other, tmp_path, example=x)
+    assert torch.equal(other(x), y)
+
+
 def test_stacks_of_experts_are_controlled_but_not_compacted():
     from cases import Experts, Host
 

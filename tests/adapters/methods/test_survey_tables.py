@@ -61,6 +61,13 @@ TABLE_1 = [  # (row of the survey, with a head, plan, base, large); None: no suc
         4_223_106,
     ),
     ("ProPETL LoRA", True, {QV: mmpeft.LoRA(rank=32)}, 1_771_778, 4_197_378),
+    (
+        "ProPETL prefix",  # as trained; 64 prefix tokens stay
+        True,
+        {"**.attention.self": mmpeft.PrefixTuning(num_tokens=64, hidden=512)},
+        10_490_626,
+        26_856_962,
+    ),
     ("LoRA-XS", False, {LINEAR: mmpeft.LoRAXS(rank=60)}, 259_200, None),
     ("VeRA", False, {QV: mmpeft.VeRA(rank=1024)}, 43_008, None),
     ("LoRA-FA", False, {QV: mmpeft.LoRAFA(rank=24)}, 442_368, None),
@@ -79,10 +86,10 @@ TABLE_1 = [  # (row of the survey, with a head, plan, base, large); None: no suc
 NOT_HERE = {  # row: ((base, large), why no plan says it)
     "MAM adapter without biases": ((1_771_778, 4_197_378), "a bottleneck has biases"),
     "ProPETL adapter": ((1_870_082, 5_403_650), "one prototype under a trained mask a layer"),
-    "ProPETL prefix": ((10_490_626, 26_856_962), "prefixes through an MLP of 512, whose numbers leave after training"),
     "Diff pruning": ((1_240_550, None), "1 % of all numbers at once: chosen by what training made of them"),
 }
 
+MAM_PREFIX = {"**.attention.self": mmpeft.PrefixTuning(num_tokens=30, hidden=800)}
 ENCODER = [  # beside Table 1: what HF PEFT and AdapterHub count on the bare RoBERTa-base and -large encoders
     ("LoRA r=8", {QV: mmpeft.LoRA(rank=8)}, 294_912, 786_432),
     ("DoRA r=8", {QV: mmpeft.DoRA(rank=8)}, 313_344, None),
@@ -95,6 +102,7 @@ ENCODER = [  # beside Table 1: what HF PEFT and AdapterHub count on the bare RoB
     ("Houlsby", {"**.layer.*.attention **.layer.*.output": mmpeft.Bottleneck(reduction=16)}, 1_789_056, 6_343_680),
     ("Pfeiffer", {"**.layer.*.output": mmpeft.Bottleneck(reduction=16)}, 894_528, 3_171_840),
     ("parallel m=384", {"**.layer.*": mmpeft.AdaptFormer(size=384)}, 7_091_712, None),
+    ("MaM", {**MAM_PREFIX, "**.layer.*": mmpeft.AdaptFormer(size=384, scale=4.0)}, 22_493_984, None),
 ]
 
 SEVEN = "**.{q,k,v,o,gate,up,down}_proj"
@@ -134,6 +142,7 @@ PRINTED = {
     "FT": ("124.6", "355.3"), "AdapterS": ("7.41", "19.77"), "Prompt tuning": ("0.61", "1.07"),
     "Prefix-tuning": ("0.96", "2.03"), "(IA)3": ("0.66", "1.22"), "BitFit + dense": ("0.083", "0.222"),
     "LoRA": ("0.89", "1.84"), "AdaLoRA": ("1.03", "2.23"), "ProPETL LoRA": ("1.77", "4.19"),
+    "ProPETL prefix": ("10.49", "26.85"),
     "RoCoFT 1 row + dense": ("0.083", "0.222"), "Propulsion 1": ("0.086", "0.225"),
     "Propulsion 3": ("0.258", "0.675"), "Propulsion attention": ("0.028", "0.073"), "VeRA": ("0.043", None),
     "LoRA-FA": ("0.44", None), "LoRA-XS": ("0.26", None), "SK-Tuning prefixes": (None, "1.94"),
