@@ -2,7 +2,9 @@
 
     python -m benchmarks.llm --shape 1.5b                        # every arm
     python -m benchmarks.llm --shape 1.5b --dropout 0.05         # the same with dropout
-    python -m benchmarks.llm --shape 1.5b --dora                 # DoRA beside LoRA
+    python -m benchmarks.llm --shape 1.5b --dora                 # DoRA, to be read beside LoRA's row
+    python -m benchmarks.llm --shape 1.5b --base nf4             # frozen linears in 4 bits
+    python -m benchmarks.llm --shape 1.5b --packed               # four documents in every row, none seeing another
     python -m benchmarks.llm --shape 360m --arms mmpeft peft+compile --profile trace.txt
 
 Random weights of public shapes, random tokens, every position supervised.
@@ -62,9 +64,26 @@ def fused(shape: Shape, args: argparse.Namespace) -> Step:
     if not compiled.decoders:
         raise Skipped("the decoder is not fused (see the report above)")
     torch.cuda.empty_cache() if DEVICE == "cuda" else None
-    step = compiled.train_step(batch=shape.batch, length=shape.length, lr=1e-4)
     data = token_batches(shape)
+    if args.packed:
+        documents, positions = packing(shape)
+        step = compiled.train_step(batch=shape.batch, length=shape.length, documents=len(CUTS) * shape.batch, lr=1e-4)
+        labels = [ids.masked_fill(positions == 0, -100) for ids in data]
+        return lambda i: step(data[i % BATCHES], labels[i % BATCHES], documents=documents)
+    step = compiled.train_step(batch=shape.batch, length=shape.length, lr=1e-4)
     return lambda i: step(data[i % BATCHES], data[i % BATCHES])
+
+
+CUTS = (1, 7, 3, 5)  # sixteenths of a row: the documents' lengths
+
+
+def packing(shape: Shape) -> tuple[Tensor, Tensor]:
+    """(document ids on the CPU, as a collator gives them, positions on the device), each [B, S]."""
+    lengths = torch.tensor([c * shape.length // sum(CUTS) for c in CUTS])
+    lengths[-1] += shape.length - lengths.sum()
+    ids = torch.repeat_interleave(torch.arange(1, len(CUTS) + 1), lengths)
+    positions = torch.cat([torch.arange(int(n)) for n in lengths]).to(DEVICE)
+    return ids.expand(shape.batch, -1), positions.expand(shape.batch, -1)
 
 
 def engine(shape: Shape, args: argparse.Namespace, *, compiled: bool = False) -> Step:
@@ -97,11 +116,17 @@ def autograd_step(model: Any, shape: Shape, args: argparse.Namespace, *, compile
     optimizer = adamw(model)
     forward = torch.compile(model, **compile_options(args)) if compiled else model
     data = token_batches(shape)
+    more: dict[str, Any] = {}
+    positions = None
+    if args.packed:  # transformers makes a block-diagonal mask of positions that begin again at 0
+        positions = packing(shape)[1]
+        more = {"position_ids": positions, "use_cache": False}
 
-    def step(i: int) -> Tensor:
+    def step(i: int) -> Any:
         ids = data[i % BATCHES]
+        labels = ids if positions is None else ids.masked_fill(positions == 0, -100)
         with autocast():
-            loss = forward(input_ids=ids, labels=ids).loss
+            loss = forward(input_ids=ids, labels=labels, **more).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,19 +152,22 @@ def main(argv: Sequence[str] | None = None) -> Row:
     made.add_argument("--dropout", type=float, default=0.0)
     made.add_argument("--dora", action="store_true")
     made.add_argument("--base", choices=("bf16", "nf4", "int8", "fp8"), default="bf16", help="storage of the linears")
+    made.add_argument("--packed", action="store_true", help="four documents a row")
     made.add_argument("--profile", type=Path, help="write a kernel table of the fused step, uncaptured")
     args = parse(made, argv, ARMS)
     shape = TINY if args.tiny else SHAPES[args.shape]
     kind = f"{'DoRA' if args.dora else 'LoRA'} r{RANK} all linears"
     kind += f", dropout {args.dropout:g}" if args.dropout else ""
     kind += f", {args.base} base" if args.base != "bf16" else ""
+    kind += f", {len(CUTS)} documents a row" if args.packed else ""
     tokens = shape.batch * shape.length
+    seen = shape.length * sum(c * c for c in CUTS) // sum(CUTS) ** 2 if args.packed else shape.length
     title = f"{args.shape} {shape.batch}x{shape.length}, {kind}"
-    row = Row(title, unit="tokens/s", items=tokens, flops=shape.flops(tokens), args=args)
+    row = Row(title, unit="tokens/s", items=tokens, flops=shape.flops(tokens, length=seen), args=args)
     builders = {name: lambda build=build: build(shape, args) for name, build in ARMS.items() if name != "unsloth"}
     last = {k: builders.pop(k) for k in ("peft+liger",)}
     row.arms(builders, again="mmpeft")
-    if "unsloth" in args.arms and args.base == "bf16" and not args.dora:
+    if "unsloth" in args.arms and args.base == "bf16" and not args.dora and not args.packed:
         options = ["--shape", args.shape, "--dropout", str(args.dropout), "--warmup", str(args.warmup)]
         row.subprocess("unsloth", "benchmarks.unsloth_arm", *options, "--steps", str(args.steps), *["--tiny"] * args.tiny)
     row.arms(last)

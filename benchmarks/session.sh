@@ -42,8 +42,9 @@ row llm-7b 3 benchmarks.llm --shape 7b --arms mmpeft peft peft+compile unsloth p
 row many 1 benchmarks.many
 row many-decode 1 benchmarks.many --length 1
 row llm-1.5b-dropout 1 benchmarks.llm --shape 1.5b --dropout 0.05 --arms mmpeft "mmpeft engine" peft
-row llm-1.5b-dora 1 benchmarks.llm --shape 1.5b --dora --arms "mmpeft engine" "mmpeft engine+compile" peft peft+compile
-row llm-1.5b-nf4 1 benchmarks.llm --shape 1.5b --base nf4 --arms "mmpeft engine" "mmpeft engine+compile"
+row llm-1.5b-dora 1 benchmarks.llm --shape 1.5b --dora --arms mmpeft "mmpeft engine" "mmpeft engine+compile" peft peft+compile
+row llm-1.5b-nf4 1 benchmarks.llm --shape 1.5b --base nf4 --arms mmpeft "mmpeft engine" "mmpeft engine+compile"
+row llm-1.5b-packed 1 benchmarks.llm --shape 1.5b --packed --arms mmpeft "mmpeft engine" peft peft+compile
 if [[ lowrank =~ ${ROWS:-.} ]]; then
   timeout 120 python -m benchmarks.lowrank --out "$OUT/lowrank.jsonl" | tee "$OUT/lowrank.log"
 fi

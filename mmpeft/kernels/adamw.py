@@ -11,7 +11,7 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,7 @@ class FlatAdamW:
     Args:
         masters: fp32 parameters [rows, cols], one a slot; their storage is replaced by a view of the flat buffer.
         lr, betas, eps: as in torch.optim.AdamW. `self.lr` is a device tensor: fill it to follow a schedule.
+        after: run whenever the compute copies have been rewritten, for what else is made of the masters (DoRA's norms).
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class FlatAdamW:
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        after: Callable[[], None] | None = None,
     ) -> None:
+        self.after = after
         device = slots[0].copy.device
         sizes = [slot.numel for slot in slots]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -140,7 +143,7 @@ class FlatAdamW:
         self.masters = [f.view(s.shape) for f, s in zip(self.flat.split(sizes), slots, strict=True)]
         self.grads = [f.view(s.shape) for f, s in zip(self.grad.split(sizes), slots, strict=True)]
         for p, view in zip(masters, self.masters, strict=True):
-            p.data = view
+            p.data = view.view(p.shape)
         blocks = [(i, e) for i, n in enumerate(sizes) for e in range(0, n, BLOCK)]
 
         def as_long(values):
@@ -162,6 +165,8 @@ class FlatAdamW:
     def refresh(self) -> None:
         """Rewrite every compute copy from the masters (after loading new ones)."""
         self._refresher(self.masters)
+        if self.after is not None:
+            self.after()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -173,6 +178,8 @@ class FlatAdamW:
                 *self._table, *self.betas, self.eps,
                 COPY=_TL_DTYPE[self.slots[0].copy.dtype](), BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
+            if self.after is not None:
+                self.after()
             return
         b1, b2 = self.betas
         for slot, p, g, m, v in zip(

@@ -3,6 +3,10 @@
 torch's own kernels do the work: cuDNN or flash, whichever is faster for the shape on this device (measured once a
 shape, on an H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value heads read in place. On CPU
 the reference is `F.scaled_dot_product_attention`, recomputed under autograd in the backward.
+
+Packed documents (`documents.Documents`) attend causally, each within itself: by flash's varlen kernels, which torch's
+`nn.attention.varlen` calls too, so that no mask is read and no work is done between documents; elsewhere by the
+reference under a mask [B, 1, S, S].
 """
 
 from __future__ import annotations
@@ -15,19 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.kernels import tuning
+from mmpeft.kernels.documents import Documents
 
 aten = torch.ops.aten
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> tuple[Tensor, tuple[Any, ...]]:
-    """q [B, S, Hq, D], k, v [B, S, Hk, D] -> (o [B, S, Hq, D], what backward needs besides q, k, v, o)."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, documents: Documents | None = None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """q [B, S, Hq, D], k, v [B, S, Hk, D] -> (o [B, S, Hq, D], what backward needs besides q, k, v, o).
+
+    With `documents`, whose attention is always causal, o's tokens see those of their own document only.
+    """
+    if documents is not None:
+        return _PACKED[packed_kind(q)][0](q, k, v, scale, documents)
     return _FORWARD[_kind(q, k, causal)](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool = True,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, each [B, S, H, D] (strides as the kernel left them)."""
+    if documents is not None:
+        return _PACKED[packed_kind(q)][1](do, q, k, v, o, saved, scale, documents)
     do, qh, kh, vh, o = (t.transpose(1, 2) for t in (do, q, k, v, o))
     dq, dk, dv = _BACKWARD[_kind(q, k, causal)](do, qh, kh, vh, o, saved, scale, causal)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -77,6 +92,51 @@ def _torch_backward(
         again, _ = _torch(q, k, v, scale, causal)
         dq, dk, dv = torch.autograd.grad(again, [q, k, v], do.transpose(1, 2))
     return dq, dk, dv
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> tuple[Tensor, tuple[Any, ...]]:
+    starts, longest = documents.starts, documents.longest
+    lines = (t.flatten(0, 1) for t in (q, k, v))
+    o, *saved = aten._flash_attention_forward(*lines, starts, starts, longest, longest, 0.0, True, False, scale=scale)
+    return o.view(q.shape), (saved[0], saved[1], saved[2])  # log-sum-exp, and the random state that dropout would need
+
+
+def _varlen_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, documents: Documents
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts, longest, (lse, state, unused) = documents.starts, documents.longest, saved
+    lines = (t.flatten(0, 1) for t in (do, q, k, v, o))
+    grads = aten._flash_attention_backward(
+        *lines, lse, starts, starts, longest, longest, 0.0, True, state, unused, scale=scale
+    )
+    dq, dk, dv = (d.view(t.shape) for d, t in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> tuple[Tensor, tuple[Any, ...]]:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa, mask = q.shape[1] != k.shape[1], documents.mask(q.shape[2])
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return o.transpose(1, 2), ()
+
+
+def _masked_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, documents: Documents
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        again, _ = _masked(q, k, v, scale, documents)
+        dq, dk, dv = torch.autograd.grad(again, [q, k, v], do)
+    return dq, dk, dv
+
+
+_PACKED = {"varlen": (_varlen, _varlen_backward), "masked": (_masked, _masked_backward)}
+
+
+def packed_kind(q: Tensor) -> str:
+    """How packed documents attend: flash's "varlen" kernels, or the "masked" reference. q: [..., D]."""
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 else "masked"
 
 
 _FORWARD = {"cudnn": _cudnn, "flash": _flash, "torch": _torch}

@@ -16,21 +16,25 @@ from torch import Tensor, nn
 
 from mmpeft.errors import NameNotFound, Unsupported, nearest
 from mmpeft.kernels.group import Group
-from mmpeft.kernels.llama import Block, FusedLlama
+from mmpeft.kernels.llama import FusedLlama
+from mmpeft.kernels.llama_block import Block
 from mmpeft.kernels.packed import PackedGroup
+from mmpeft.kernels.stored import Ring, Stored, StoredGroup
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 AdapterOf = Callable[[nn.Module], "LowRank | None"]
+StorageOf = Callable[[Tensor], Stored | None]  # how a weight that is not dense is written out
 
 
 class LowRank(NamedTuple):
-    """An adapter of one linear: masters A [r, in], B [out, r], and the scale of B A."""
+    """An adapter of one linear: masters A [r, in], B [out, r], and the scale of B A; m [out] makes it DoRA."""
 
     A: Tensor
     B: Tensor
     scale: float
+    m: Tensor | None = None
 
 
 def from_model(
@@ -42,6 +46,7 @@ def from_model(
     check: bool = True,
     tolerance: float | None = None,
     others: Sequence[Tensor] = (),
+    storage: StorageOf = lambda _: None,
 ) -> FusedLlama:
     """The fused form of a causal LM of transformers, or of its decoder alone, with `adapters` by the linears' paths from
     `model`.
@@ -51,7 +56,8 @@ def from_model(
     applies these adapters (their masters may be its parameters). With `check`, the last hidden states and the loss on
     random tokens (the states alone for a decoder without a head; with the adapters where they are attached, else without) must agree with the model's own within
     `tolerance` (relative; by default 1e-1 in half precision, 1e-4 in fp32). `others`: parameters below the blocks that
-    take no part, as those of other adapters.
+    take no part, as those of other adapters. `storage` tells which weights are kept in few bits: they stay so, and a group
+    that has one is made dense for each of its products, in an area all such groups share (`stored`).
 
     Raises:
         Unsupported: the model's structure or a numeric check does not fit; the message says where.
@@ -60,10 +66,9 @@ def from_model(
     decoder = _decoder(model)
     paths = {id(m): name for name, m in model.named_modules()}
     unused = dict(adapters)
-    masters = {id(t) for a in adapters.values() for t in (a.A, a.B)} | {id(t) for t in others}
-    packed = [
-        _block(layer, lambda m: unused.pop(paths[id(m)], None), paths[id(layer)], masters) for layer in decoder.layers
-    ]
+    masters = {id(t) for a in adapters.values() for t in (a.A, a.B, a.m)} | {id(t) for t in others}
+    parts = _Parts(lambda m: unused.pop(paths[id(m)], None), storage, Ring())
+    packed = [_block(layer, parts, paths[id(layer)], masters) for layer in decoder.layers]
     if unused:
         known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise NameNotFound(f"no fused linear at {min(unused)!r}{nearest(min(unused), known)}")
@@ -71,6 +76,8 @@ def from_model(
     d = attention.head_dim
     has_head = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
     head = (model.get_output_embeddings() if has_head else decoder.embed_tokens).weight
+    if any(storage(w) is not None for w in (head, decoder.embed_tokens.weight)):
+        raise Unsupported("embedding or head is kept in few bits; the fused step reads both dense")
     fused = FusedLlama(
         embedding=decoder.embed_tokens.weight.detach(),
         blocks=[block for block, _ in packed],
@@ -78,8 +85,8 @@ def from_model(
         head=head.detach(),
         eps=_eps(decoder.norm, "norm"),
         inv_freq=decoder.rotary_emb.inv_freq.detach().float(),
-        heads=attention.q_proj.weight.shape[0] // d,
-        kv_heads=attention.k_proj.weight.shape[0] // d,
+        heads=packed[0][0].qkv.packed.outs[0] // d,
+        kv_heads=packed[0][0].qkv.packed.outs[1] // d,
         scale=float(attention.scaling),
         rope_scale=float(getattr(decoder.rotary_emb, "attention_scaling", 1.0)),
         dropout=dropout,
@@ -98,7 +105,15 @@ def _decoder(model: Any) -> Any:
     )
 
 
-def _block(layer: nn.Module, adapter_of: AdapterOf, path: str, masters: set[int]) -> tuple[Block, Any]:
+class _Parts(NamedTuple):
+    """Where a group's parts come from."""
+
+    adapter_of: AdapterOf
+    storage: StorageOf
+    ring: Ring
+
+
+def _block(layer: nn.Module, parts: _Parts, path: str, masters: set[int]) -> tuple[Block, Any]:
     attention: Any = next((m for m in layer.children() if all(hasattr(m, n) for n in ATTENTION)), None)
     mlp: Any = next((m for m in layer.children() if all(hasattr(m, n) for n in MLP)), None)
     norms: list[Any] = [getattr(layer, n, None) for n in NORMS]
@@ -121,24 +136,29 @@ def _block(layer: nn.Module, adapter_of: AdapterOf, path: str, masters: set[int]
         raise Unsupported(f"{path}.{trainable[0]} requires a gradient; the fused blocks' base is frozen")
     q, k, v, o, gate, up, down = linears
     block = Block(
-        norms[0].weight.detach(), _group([q, k, v], adapter_of), _group([o], adapter_of),
-        norms[1].weight.detach(), _group([gate, up], adapter_of), _group([down], adapter_of),
+        norms[0].weight.detach(), _group([q, k, v], parts), _group([o], parts),
+        norms[1].weight.detach(), _group([gate, up], parts), _group([down], parts),
     )  # fmt: skip
     return block, attention
 
 
-def _group(linears: list[Any], adapter_of: AdapterOf) -> Group:
-    found = [adapter_of(m) for m in linears]
+def _group(linears: list[Any], parts: _Parts) -> Group:
+    found = [parts.adapter_of(m) for m in linears]
     weights = [m._parameters["weight"] for m in linears]  # the base's own, whatever the attribute shows
-    packed = PackedGroup(
-        [w.detach() for w in weights],
-        [None if m.bias is None else m.bias.detach() for m in linears],
-        [0 if a is None else a.A.shape[0] for a in found],
-        [1.0 if a is None else a.scale for a in found],
-    )
-    for w, view in zip(weights, packed.weights, strict=True):
-        w.data = view
-    return Group(packed, [None if a is None else (a.A, a.B) for a in found])
+    biases = [None if m.bias is None else m.bias.detach() for m in linears]
+    ranks = [0 if a is None else a.A.shape[0] for a in found]
+    scales = [1.0 if a is None else a.scale for a in found]
+    elsewhere = [parts.storage(w) for w in weights]
+    packed: PackedGroup
+    if any(s is not None for s in elsewhere):
+        stored = [Stored.of(w.detach()) if s is None else s for w, s in zip(weights, elsewhere, strict=True)]
+        packed = StoredGroup(stored, biases, ranks, scales, ring=parts.ring)
+    else:
+        packed = PackedGroup([w.detach() for w in weights], biases, ranks, scales)
+        for w, view in zip(weights, packed.weights, strict=True):
+            w.data = view
+    masters = [None if a is None else (a.A, a.B) for a in found]
+    return Group(packed, masters, magnitudes=[None if a is None else a.m for a in found])
 
 
 def _eps(norm: Any, path: str) -> float:
@@ -155,6 +175,9 @@ def _prove(model: Any, decoder: Any, fused: FusedLlama, attached: bool, toleranc
     if not attached:
         for slot in fused.slots:
             slot.copy.zero_()
+        for group, _ in fused.scaled:
+            assert group.magnitude is not None
+            group.magnitude.scaling.factor.fill_(1)
     whole = decoder if model is None else model
     modes = [(m, m.training) for m in whole.modules()]  # each its own: `train()` would wake frozen parts
     whole.eval()

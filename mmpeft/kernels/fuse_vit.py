@@ -1,13 +1,13 @@
-"""Finding the parts of pre-norm ViT blocks by structure, and proving that the fused stack computes the same function.
+"""Pre-norm ViT blocks as a fused stack: their weights laid out for it, and a proof that it computes the same function.
 
-A block fits when it has two LayerNorms, an attention with one qkv and one output linear, an MLP of two linears around a
-GELU, and nothing else that has parameters or acts (drop path, layer scale, norms of q and k must be absent or identities;
-that they act is seen by the comparison on random tokens).
+`vit_parts` finds the parts of a block. The rest that could act (drop path, norms of q and k, a scaled residual) must be
+absent or identities; that it acts is seen by the comparison on random tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,26 @@ from mmpeft.errors import Unsupported
 from mmpeft.kernels.fuse import LowRank
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.packed import PackedGroup
-from mmpeft.kernels.vit import FusedVit, Norm, VitBlock
+from mmpeft.kernels.plain import Plain
+from mmpeft.kernels.vit import FusedVit, Linears, Norm, VitBlock
+from mmpeft.kernels.vit_parts import Matrix, Parts, parts_of
 
 Rows = tuple[int, int]
-Adapters = Mapping[str, Mapping[Rows | None, LowRank]]  # linear's path below the stack -> row range (None: all) -> pair
+Adapters = Mapping[str, Mapping[Rows | None, LowRank]]  # weight's owner's path below the stack -> row range (None: all)
+
+
+def blocks_of(stack: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of a Sequential or ModuleList."""
+    return [(name, block) for name, block in stack.named_children() if name.isdigit()]
 
 
 def from_stack(
     stack: nn.Module, adapters: Adapters, *, others: Sequence[Tensor] = (), check: bool = True,
     tolerance: float | None = None,
 ) -> FusedVit:  # fmt: skip
-    """The fused form of a Sequential of blocks, with `adapters` by the linears' paths below it and, for a fused qkv, by row
-    ranges. The packed buffers become the storage of the model's own weights. `others`: parameters of other adapters.
+    """The fused form of a Sequential or ModuleList of blocks, with `adapters` by the paths of their weights' owners below
+    it and by row ranges. Packed buffers become the storage of the model's own weights. `others`: parameters of other
+    adapters.
 
     With `check`, outputs on random tokens must agree with the stack's own within `tolerance` (relative; default 5e-2 in
     half precision, 1e-4 in fp32), adapters attached.
@@ -37,47 +45,33 @@ def from_stack(
         Unsupported: the structure or the comparison does not fit; the message says where.
     """
     own = {id(t) for t in others} | {id(t) for by in adapters.values() for a in by.values() for t in (a.A, a.B)}
-    blocks = [_block(f"{name}.", block, adapters, own) for name, block in stack.named_children() if name.isdigit()]
-    members: list[Any] = [block for name, block in stack.named_children() if name.isdigit()]
-    kinds = {(int(b.attn.num_heads), getattr(b.attn, "scale", None), b.mlp.act.approximate) for b in members}
+    found = {name: parts_of(block, name, own) for name, block in blocks_of(stack)}
+    kinds = {(p.heads, p.scale, p.gelu) for p in found.values()}
     if len(kinds) > 1:
-        raise Unsupported(f"blocks that differ in (heads, scale, GELU): {', '.join(map(str, sorted(kinds, key=str)))}")
-    ((heads, scale, approximate),) = kinds
-    head_dim = blocks[0].qkv.packed.in_features // heads
-    fused = FusedVit(blocks, heads, float(scale or head_dim**-0.5), tanh=approximate == "tanh")
-    if check:
-        _prove(stack, fused, tolerance or (5e-2 if fused.dtype.itemsize < 4 else 1e-4))
+        raise Unsupported(f"blocks that differ in (heads, scale, GELU): {', '.join(map(str, sorted(kinds)))}")
+    ((heads, scale, gelu),) = kinds
+    if len({m.weight.dtype for p in found.values() for m in p.matrices()}) > 1:
+        raise Unsupported("weights of different dtypes")
+    try:
+        fused = FusedVit([_block(f"{name}.", p, adapters) for name, p in found.items()], heads, scale, gelu)
+        fused.copies = [c for b, p in zip(fused.blocks, found.values(), strict=True) for c in _copies(b, p)]
+        if check:
+            _prove(stack, fused, tolerance or (5e-2 if fused.dtype.itemsize < 4 else 1e-4))
+    except Unsupported:
+        for matrix in (m for p in found.values() for m in p.matrices()):  # storage of its own again
+            matrix.weight.data = matrix.weight.data.clone(memory_format=torch.contiguous_format)
+        raise
     return fused
 
 
-def _block(path: str, block: Any, adapters: Adapters, own: set[int]) -> VitBlock:
-    names = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    try:
-        norm1, qkv, proj, norm2, fc1, fc2 = (block.get_submodule(n) for n in names)
-    except AttributeError as error:
-        raise Unsupported(f"{path[:-1]} is no ViT block of {', '.join(names)}: {error}") from error
-    for name, m, kind in zip(names, (norm1, qkv, proj, norm2, fc1, fc2), (nn.LayerNorm, *[nn.Linear] * 2) * 2, strict=True):
-        if not isinstance(m, kind):
-            raise Unsupported(f"{path}{name} is a {type(m).__name__}, not a {kind.__name__}")
-    if norm1.weight is None or norm1.bias is None or norm2.weight is None or norm2.bias is None:
-        raise Unsupported(f"{path}norm1, norm2: a LayerNorm without gain or bias")
-    if qkv.out_features != 3 * qkv.in_features or proj.out_features != qkv.in_features:
-        raise Unsupported(f"{path}attn: q, k, v of another width than the stream")
-    if not isinstance(getattr(block.mlp, "act", None), nn.GELU):
-        raise Unsupported(f"{path}mlp.act is a {type(getattr(block.mlp, 'act', None)).__name__}, not a GELU")
-    known = own | {id(p) for m in (norm1, qkv, proj, norm2, fc1, fc2) for p in m._parameters.values()}
-    if extra := [n for n, p in block.named_parameters() if id(p) not in known]:
-        raise Unsupported(f"{path}{extra[0]}: a parameter that a plain ViT block has not")
-    trained = [n for n, p in block.named_parameters() if p.requires_grad and id(p) not in own]
-    if trained:
-        raise Unsupported(f"{path}{trained[0]} requires a gradient; the fused blocks' base is frozen")
+def _block(path: str, parts: Parts, adapters: Adapters) -> VitBlock:
+    def group(*matrices: Matrix) -> Linears:
+        return _group(matrices, [adapters.get(path + m.path, {}) for m in matrices])
 
-    def group(name: str, linear: nn.Linear) -> Group:
-        return _group(linear, adapters.get(path + name, {}))
-
+    scales = [None if s is None else s.detach() for s in (parts.scale1, parts.scale2)]
     return VitBlock(
-        _norm(norm1), group("attn.qkv", qkv), group("attn.proj", proj),
-        _norm(norm2), group("mlp.fc1", fc1), group("mlp.fc2", fc2),
+        _norm(parts.norm1), group(*parts.qkv), group(parts.proj),
+        _norm(parts.norm2), group(parts.fc1), group(parts.fc2), *scales,
     )  # fmt: skip
 
 
@@ -85,35 +79,77 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.bias.detach(), float(norm.eps))
 
 
-def _group(linear: nn.Linear, found: Mapping[Rows | None, LowRank]) -> Group:
-    """One member for a whole-weight adapter (or none), else one for each row range between its edges."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    assert weight is not None
-    out = weight.shape[0]
-    edges = sorted({0, out, *(e for rows in found if rows is not None for e in rows)})
-    ranges: list[Rows] = list(zip(edges, edges[1:], strict=False))
-    pairs = [found.get(rows) or (found.get(None) if rows == (0, out) else None) for rows in ranges]
-    if sum(p is not None for p in pairs) != len(found):
-        raise Unsupported(f"a linear of {out} rows has adapters on {list(found)}, which overlap")
+def _group(matrices: Sequence[Matrix], found: Sequence[Mapping[Rows | None, LowRank]]) -> Linears:
+    """The matrices side by side; where adapters are, a member for each row range between their edges."""
+    if not any(found):
+        plain = Plain([m.weight.detach() for m in matrices], [_detached(m.bias) for m in matrices])
+        for m, view in zip(matrices, plain.weights, strict=True):
+            m.weight.data = view
+        return plain
+    members: list[tuple[Tensor, Tensor | None, LowRank | None]] = []
+    for m, by in zip(matrices, found, strict=True):
+        out = m.weight.shape[0]
+        edges = sorted({0, out, *(e for rows in by if rows is not None for e in rows)})
+        ranges: list[Rows] = list(zip(edges, edges[1:], strict=False))
+        pairs = [by.get(rows) or (by.get(None) if rows == (0, out) else None) for rows in ranges]
+        if sum(p is not None for p in pairs) != len(by):
+            raise Unsupported(f"{m.path}, of {out} rows, has adapters on {list(by)}, which overlap")
+        bias = _detached(m.bias)
+        weight = m.weight.detach()
+        members += [
+            (weight[a:b], None if bias is None else bias[a:b], p) for (a, b), p in zip(ranges, pairs, strict=True)
+        ]
     packed = PackedGroup(
-        [weight.detach()[a:b] for a, b in ranges],
-        None if bias is None else [bias.detach()[a:b] for a, b in ranges],
-        [0 if p is None else p.A.shape[0] for p in pairs],
-        [1.0 if p is None else p.scale for p in pairs],
+        [w for w, _, _ in members],
+        [b for _, b, _ in members],
+        [0 if p is None else p.A.shape[0] for *_, p in members],
+        [1.0 if p is None else p.scale for *_, p in members],
     )
-    weight.data = packed.W
-    return Group(packed, [None if p is None else (p.A, p.B) for p in pairs])
+    for m, view in zip(matrices, packed.W.split_with_sizes([m.weight.shape[0] for m in matrices]), strict=True):
+        m.weight.data = view
+    return Group(packed, [None if p is None else (p.A, p.B) for *_, p in members])
+
+
+def _copies(block: VitBlock, parts: Parts) -> Iterator[tuple[Tensor, Tensor]]:
+    """(part of a group's bias, the parameter it was copied from)."""
+    sources = (parts.qkv, (parts.proj,), (parts.fc1,), (parts.fc2,))
+    for group, matrices in zip(block.groups(), sources, strict=True):
+        bias = group.bias if isinstance(group, Plain) else group.packed.bias
+        if bias is not None:
+            views = bias.split_with_sizes([m.weight.shape[0] for m in matrices])
+            yield from ((v, m.bias) for v, m in zip(views, matrices, strict=True) if m.bias is not None)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def run_own(stack: nn.Module, x: Tensor) -> Tensor:
+    """x [B, T, h] through the blocks' own forwards, one after another, without a mask.
+
+    Raises:
+        Unsupported: a block returns more than tokens.
+    """
+    for name, block in blocks_of(stack):
+        forward: Any = type(block).forward
+        more = {"attention_mask": None} if "attention_mask" in inspect.signature(forward).parameters else {}
+        x = block(x, **more)
+        if not isinstance(x, Tensor):
+            raise Unsupported(f"block {name} returns a {type(x).__name__}, not tokens")
+    return x
 
 
 @torch.no_grad()
 def _prove(stack: nn.Module, fused: FusedVit, tolerance: float) -> None:
-    h, device = fused.blocks[0].qkv.packed.in_features, fused.seed.device
+    h, device = fused.blocks[0].norm1.weight.shape[0], fused.seed.device
     x = torch.randn(2, 19, h, generator=torch.Generator().manual_seed(0)).to(device, fused.dtype)
     modes = [(m, m.training) for m in stack.modules()]
     stack.eval()
-    own = stack(x).float()
-    for m, mode in modes:
-        m.training = mode
+    try:
+        own = run_own(stack, x).float()
+    finally:
+        for m, mode in modes:
+            m.training = mode
     error = float((fused.states(x).float() - own).norm() / own.norm())
     if not error <= tolerance:
         raise Unsupported(

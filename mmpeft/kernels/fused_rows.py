@@ -31,5 +31,16 @@ def scale_backward(dy: Tensor, z: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     return (dy * row).to(dy.dtype), (dy.to(row.dtype) * z).sum(0)
 
 
+def scale_backward_into(dy: Tensor, z: Tensor, row: Tensor, dz: Tensor) -> Tensor:
+    """dz <- row * dy (dz may be dy); returns the sum over T of dy * z [out], fp32 or wider. Any leading dimensions."""
+    if _kernel(z):
+        from mmpeft.kernels import row_kernels
+
+        return row_kernels.scale_backward_into(dy, z, row, dz)
+    total = (dy.to(row.dtype) * z).sum(0)
+    dz.copy_(dy * row)
+    return total
+
+
 def _kernel(z: Tensor) -> bool:
     return z.dtype != torch.float64 and use_triton(z)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmpeft.errors import ConfigError
 from mmpeft.kernels.adamw import FlatAdamW, Refresher, Slot
 from mmpeft.kernels.lowrank import drop, mm_wide
+from mmpeft.kernels.magnitude import Magnitude, Scaling
 from mmpeft.kernels.packed import LEADING_MULTIPLE, PackedGroup, round_up
 
 
@@ -33,20 +34,39 @@ class Dropped(NamedTuple):
 
 @dataclass
 class Group:
-    """Linears that share an input: their packed weights, and where their gradients lie in the flat buffer."""
+    """Linears that share an input: their packed weights, and where their gradients lie in the flat buffer.
+
+    With magnitudes (DoRA), products give z, without the bias; who reads z applies `scaling`, and gives gradients of z.
+    """
 
     packed: PackedGroup
     masters: list[tuple[Tensor, Tensor] | None]  # (A [r, in], B [out, r]) of each member
     A_start: int = 0  # all members' A, one after another: [sum r, in]
     B_starts: list[int] = field(default_factory=list)
+    magnitudes: list[Tensor | None] = field(default_factory=list)  # m [out] of each member; empty: none has one
+    magnitude: Magnitude | None = None
+
+    def __post_init__(self) -> None:
+        if any(m is not None for m in self.magnitudes):
+            self.magnitude = Magnitude(self.packed, [m is not None for m in self.magnitudes])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the products add."""
+        return self.packed.bias if self.magnitude is None else None
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """What the reader of z applies."""
+        return None if self.magnitude is None else self.magnitude.scaling
 
     def wide(self, T: int, n: int) -> Tensor:
         """An uninitialised [T, n + R] buffer for [x | S] or [dy | dS]."""
         R = self.packed.rank
-        return self.packed.buffer.new_empty(T, round_up(n + R, LEADING_MULTIPLE))[:, : n + R]
+        return self.packed.A.new_empty(T, round_up(n + R, LEADING_MULTIPLE))[:, : n + R]
 
     def slots(self, start: int) -> Iterator[tuple[Tensor, Slot]]:
-        """(master, slot) in flat order, from `start` on: the A of every member, then the B."""
+        """(master, slot) in flat order, from `start` on: the A of every member, then the B, then the m."""
         p, at, self.A_start = self.packed, start, start
         pairs = [m for m in self.masters if m is not None]
         parts = [(a, b, s) for m, a, b, s in zip(self.masters, p.A_parts, p.B_parts, p.scales, strict=True) if m]
@@ -58,6 +78,11 @@ class Group:
             self.B_starts.append(at)
             yield B, Slot((B.shape[0], B.shape[1]), b, s)
             at += B.numel()
+        if self.magnitude is not None:
+            self.magnitude.start = at
+            for m in self.magnitudes:
+                if m is not None:  # its compute copy is never read: the factors are made of m itself
+                    yield m, Slot((1, m.shape[0]), p.A.new_empty(1, m.shape[0]))
 
     def shrink(self, x: Tensor, dropped: Dropped | None) -> Tensor:
         """S = x A^T [T, R]; each member's columns from its own dropped copy of x."""
@@ -76,7 +101,8 @@ class Group:
         n = self.packed.in_features
         S = self.shrink(wide[:, :n], dropped)
         wide[:, n:].copy_(S)
-        return linear(wide, self.packed.forward_weight, self.packed.bias), S
+        self.packed.load()
+        return linear(wide, self.packed.forward_weight, self.bias), S
 
     def backward(
         self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool, dropped: Dropped | None = None
@@ -88,6 +114,7 @@ class Group:
     def backward_x(self, wide: Tensor, dropped: Dropped | None) -> Tensor:
         """dx [T, in] from [dy | dS]: one GEMM; under dropout the rank term is masked first, so it is added apart."""
         p = self.packed
+        p.load()
         if dropped is None:
             return wide @ p.backward_weight
         dx, first = wide[:, : p.out_features] @ p.W, p.out_features
@@ -132,15 +159,20 @@ class Masters:
     masters: list[Tensor]
     slots: list[Slot]
     numel: int
+    scaled: Sequence[tuple[Group, slice]] = ()  # groups with magnitudes, and where theirs are among the masters
 
     def collect(self, groups: Iterable[Group]) -> None:
         """Lay the groups' adapters end to end, and write their compute copies."""
         self.masters, self.slots, self.numel = [], [], 0
+        scaled: list[tuple[Group, slice]] = []
         for group in groups:
             for master, slot in group.slots(self.numel):
                 self.masters.append(master)
                 self.slots.append(slot)
                 self.numel += slot.numel
+            if isinstance(group, Group) and group.magnitude is not None:
+                scaled.append((group, slice(len(self.masters) - sum(group.magnitude.has), len(self.masters))))
+        self.scaled = scaled
         self._refresher = Refresher(self.slots)
         if not self.numel:
             raise ConfigError("no adapter on any linear of the blocks: nothing to train")
@@ -150,15 +182,22 @@ class Masters:
     def refresh(self) -> None:
         """Rewrite the compute copies from the masters; `FlatAdamW.step` does it by itself."""
         self._refresher(self.masters)
+        self.rescale()
+
+    def rescale(self, *, squares: bool = False) -> None:
+        """DoRA's norms and factors of the compute copies; `squares`: the base has changed too. Nothing without DoRA."""
+        for group, where in self.scaled:
+            assert group.magnitude is not None
+            group.magnitude.form(group.packed, self.masters[where], squares=squares)
 
     def optimizer(self, **options: Any) -> FlatAdamW:
         """A one-launch AdamW over all adapters (options of `FlatAdamW`)."""
-        return FlatAdamW(self.masters, self.slots, **options)
+        return FlatAdamW(self.masters, self.slots, after=self.rescale if self.scaled else None, **options)
 
     def rebind(self, masters: Sequence[Tensor]) -> None:
         """Put other masters of the same shapes in place of the present ones: another adapter on the same weights."""
-        if [tuple(m.shape) for m in masters] != [s.shape for s in self.slots]:
-            raise ConfigError(f"{len(masters)} masters that differ in shape from the {len(self.slots)} of these blocks")
+        if [m.shape for m in masters] != [m.shape for m in self.masters]:
+            raise ConfigError(f"{len(masters)} masters that differ in shape from the {len(self.masters)} of these blocks")
         self.masters = list(masters)
         self.refresh()
 

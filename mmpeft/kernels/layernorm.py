@@ -2,7 +2,7 @@
 
     add_layernorm           residual add and LayerNorm in one pass, into a padded buffer ready for a K-extended GEMM
     layernorm_backward      norm backward and the residual gradient's add in one pass, and the norm's output again
-    gelu, gelu_backward     exact or tanh GELU; the backward gives the output again, so the forward need not keep it
+    gelu, gelu_backward     exact, tanh or quick GELU; the backward gives the output again, so the forward need not keep it
 
 All statistics and products are fp32 inside. Buffers may have a leading dimension larger than their width.
 """
@@ -87,10 +87,16 @@ def layernorm_backward(
     )  # fmt: skip
 
 
+KINDS = {"none": 0, "tanh": 1, "quick": 2}
+
+
 @jit
-def _phi(v, TANH: tl.constexpr):
+def _phi(v, KIND: tl.constexpr):
     """(what multiplies v in GELU, its derivative by v)."""
-    if TANH:
+    if KIND == 2:
+        s = tl.sigmoid(1.702 * v)
+        return s, 1.702 * s * (1 - s)
+    if KIND == 1:
         inner = 0.7978845608028654 * (v + 0.044715 * v * v * v)
         t = 2 * tl.sigmoid(2 * inner) - 1
         return 0.5 * (1 + t), 0.5 * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v)
@@ -98,37 +104,37 @@ def _phi(v, TANH: tl.constexpr):
 
 
 @jit
-def _gelu(u, out, ldu, ldo, F, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu(u, out, ldu, ldo, F, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(u + row * ldu + cols, mask=cols < F, other=0.0).to(tl.float32)
-    phi, _ = _phi(v, TANH)
+    phi, _ = _phi(v, KIND)
     tl.store(out + row * ldo + cols, (v * phi).to(out.dtype.element_ty), mask=cols < F)
 
 
 @jit
-def _gelu_backward(dg, u, du, g, ldd, ldu, ldo, ldg, F, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_backward(dg, u, du, g, ldd, ldu, ldo, ldg, F, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(u + row * ldu + cols, mask=cols < F, other=0.0).to(tl.float32)
     d = tl.load(dg + row * ldd + cols, mask=cols < F, other=0.0).to(tl.float32)
-    phi, slope = _phi(v, TANH)
+    phi, slope = _phi(v, KIND)
     tl.store(du + row * ldo + cols, (d * (phi + v * slope)).to(du.dtype.element_ty), mask=cols < F)
     tl.store(g + row * ldg + cols, (v * phi).to(g.dtype.element_ty), mask=cols < F)
 
 
-def gelu(u: Tensor, out: Tensor, tanh: bool) -> None:
+def gelu(u: Tensor, out: Tensor, kind: str) -> None:
     """Fills out [T, f] with gelu(u [T, f])."""
     block = min(1024, next_power_of_2(u.shape[1]))
     _gelu[(u.shape[0], triton.cdiv(u.shape[1], block))](
-        u, out, u.stride(0), out.stride(0), u.shape[1], TANH=tanh, BLOCK=block, num_warps=4
+        u, out, u.stride(0), out.stride(0), u.shape[1], KIND=KINDS[kind], BLOCK=block, num_warps=4
     )
 
 
-def gelu_backward(dg: Tensor, u: Tensor, du: Tensor, g: Tensor, tanh: bool) -> None:
+def gelu_backward(dg: Tensor, u: Tensor, du: Tensor, g: Tensor, kind: str) -> None:
     """Fills du [T, f] with u's gradient and g [T, f] with the forward's output; g may be dg itself."""
     block = min(1024, next_power_of_2(u.shape[1]))
     _gelu_backward[(u.shape[0], triton.cdiv(u.shape[1], block))](
         dg, u, du, g, dg.stride(0), u.stride(0), du.stride(0), g.stride(0), u.shape[1],
-        TANH=tanh, BLOCK=block, num_warps=4,
+        KIND=KINDS[kind], BLOCK=block, num_warps=4,
     )  # fmt: skip

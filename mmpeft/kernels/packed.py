@@ -51,36 +51,66 @@ class PackedGroup:
         ranks: Sequence[int],
         scales: Sequence[float],
     ) -> None:
-        if not len(weights) == len(ranks) == len(scales) or not weights:
+        self._measure([(w.shape[0], w.shape[1]) for w in weights], ranks, scales)
+        self.buffer = weights[0].new_zeros(self.buffer_rows, self.leading)
+        self._place(self.buffer)
+        rows, columns = self.out_features + self.rank, self.in_features + self.rank
+        self.A = self.buffer[self.out_features : rows, : self.in_features]  # [R, in]
+        self.B = self.buffer[: self.out_features, self.in_features : columns]  # [out, R], times s
+        self._copies()
+        self.weights = list(self.W.split_with_sizes(self.outs))
+        with torch.no_grad():
+            for view, w in zip(self.weights, weights, strict=True):
+                view.copy_(w)
+        self._add_biases(biases)
+
+    def _measure(self, shapes: Sequence[tuple[int, int]], ranks: Sequence[int], scales: Sequence[float]) -> None:
+        """Sizes of the members and of the buffer."""
+        if not len(shapes) == len(ranks) == len(scales) or not shapes:
             raise ConfigError(
-                f"{len(weights)} weights, {len(ranks)} ranks, {len(scales)} scales; expected as many of each"
+                f"{len(shapes)} weights, {len(ranks)} ranks, {len(scales)} scales; expected as many of each"
             )
-        if len({w.shape[1] for w in weights}) != 1:
-            raise ConfigError(f"a group shares its input; got weights {[tuple(w.shape) for w in weights]}")
-        self.in_features, self.outs = weights[0].shape[1], [w.shape[0] for w in weights]
+        if len({n for _, n in shapes}) != 1:
+            raise ConfigError(f"a group shares its input; got weights {list(shapes)}")
+        self.in_features, self.outs = shapes[0][1], [out for out, _ in shapes]
         self.out_features = sum(self.outs)
         self.ranks, self.scales = list(ranks), [float(s) for s in scales]
         self.rank = round_up(max(sum(ranks), 1), RANK_MULTIPLE)
-        rows, columns = self.out_features + self.rank, self.in_features + self.rank
-        self.buffer = weights[0].new_zeros(rows, round_up(columns, LEADING_MULTIPLE))
-        self.forward_weight = self.buffer[: self.out_features, :columns]  # [W | sB]
-        self.backward_weight = self.buffer[:rows, : self.in_features]  # [W ; A]
-        self.W = self.buffer[: self.out_features, : self.in_features]
-        self.A = self.buffer[self.out_features : rows, : self.in_features]  # [R, in]
-        self.B = self.buffer[: self.out_features, self.in_features : columns]  # [out, R], times s
-        self.weights = list(self.W.split_with_sizes(self.outs))
+        self.buffer_rows = self.out_features + self.rank
+        self.leading = round_up(self.in_features + self.rank, LEADING_MULTIPLE)
+
+    def _place(self, buffer: Tensor) -> None:
+        """What the products read, as views of [rows, leading]."""
+        self.forward_weight = buffer[: self.out_features, : self.in_features + self.rank]  # [W | sB]
+        self.backward_weight = buffer[: self.out_features + self.rank, : self.in_features]  # [W ; A]
+        self.W = buffer[: self.out_features, : self.in_features]
+
+    def _copies(self) -> None:
+        """Each member's part of A and B."""
         self.A_parts, self.B_parts, row, first = [], [], 0, 0
         for out, r in zip(self.outs, self.ranks, strict=True):
             self.A_parts.append(self.A[first : first + r])
             self.B_parts.append(self.B[row : row + out, first : first + r])
             row, first = row + out, first + r
-        self.bias = None
-        with torch.no_grad():
-            for view, w in zip(self.weights, weights, strict=True):
-                view.copy_(w)
-            if biases is not None and any(b is not None for b in biases):
-                parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-                self.bias = torch.cat([b.detach() for b in parts])
+
+    def _add_biases(self, biases: Sequence[Tensor | None] | None) -> None:
+        self.bias: Tensor | None = None
+        if biases is not None and any(b is not None for b in biases):
+            parts = [self.A.new_zeros(out) if b is None else b for out, b in zip(self.outs, biases, strict=True)]
+            self.bias = torch.cat([b.detach() for b in parts])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.A.device
+
+    def load(self) -> None:
+        """Make the weights readable through W, `forward_weight` and `backward_weight`: here they always are."""
 
     @torch.no_grad()
     def refresh(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:

@@ -51,9 +51,16 @@ def runs(packed: Packed, dtype: torch.dtype) -> bool:
 
 def dequantise(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The dense matrix [out, in]."""
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
+    dequantise_into(packed, out)
+    return out
+
+
+def dequantise_into(packed: Packed, out: Tensor) -> None:
+    """The dense matrix into out [out, in] of its dtype, whose rows may lie any distance apart."""
     from mmpeft.kernels import quantised_kernels
 
-    return quantised_kernels.dequantise(packed, dtype)
+    quantised_kernels.dequantise_into(packed, out)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

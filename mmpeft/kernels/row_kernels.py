@@ -27,17 +27,16 @@ def _scale(z, row, bias, y, T, N, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.c
 
 
 @jit
-def _scale_backward(dy, z, row, dz, part, T, N, STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _scale_backward(dy, z, row, dz, part, T, N, ldy, ldz, ldo, STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     factor = tl.load(row + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((BN,), tl.float32)
     for i in range(STEPS):
         r = ((tl.program_id(0) * STEPS + i) * BM + tl.arange(0, BM)).to(tl.int64)
         inside = (r < T)[:, None] & (c < N)[None, :]
-        at = r[:, None] * N + c[None, :]
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(d * tl.load(z + at, mask=inside, other=0.0).to(tl.float32), 0)
-        tl.store(dz + at, (d * factor).to(dz.dtype.element_ty), mask=inside)
+        d = tl.load(dy + r[:, None] * ldy + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(d * tl.load(z + r[:, None] * ldz + c[None, :], mask=inside, other=0.0).to(tl.float32), 0)
+        tl.store(dz + r[:, None] * ldo + c[None, :], (d * factor).to(dz.dtype.element_ty), mask=inside)
     tl.store(part + tl.program_id(0).to(tl.int64) * N + c, total, mask=c < N)
 
 
@@ -55,10 +54,17 @@ def scale(z: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
 def scale_backward(dy: Tensor, z: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """See `fused_rows.scale_backward`."""
     dy = dy.contiguous()
-    T, N = z.shape
     dz = torch.empty_like(dy)
+    return dz, scale_backward_into(dy, z, row, dz).to(row.dtype)
+
+
+def scale_backward_into(dy: Tensor, z: Tensor, row: Tensor, dz: Tensor) -> Tensor:
+    """See `fused_rows.scale_backward_into`."""
+    T, N = z.shape
     chunks = triton.cdiv(max(T, 1), BM * STEPS)
     part = torch.zeros(chunks, N, dtype=torch.float32, device=z.device)
     if z.numel():
-        _scale_backward[(chunks, triton.cdiv(N, BN))](dy, z, row, dz, part, T, N, STEPS=STEPS, BM=BM, BN=BN)
-    return dz, part.sum(0).to(row.dtype)
+        _scale_backward[(chunks, triton.cdiv(N, BN))](
+            dy, z, row, dz, part, T, N, dy.stride(0), z.stride(0), dz.stride(0), STEPS=STEPS, BM=BM, BN=BN
+        )
+    return part.sum(0)

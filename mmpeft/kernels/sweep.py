@@ -21,12 +21,10 @@ a fixed order, so the result does not change from run to run (no atomics).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mmpeft.kernels import tuning
 from mmpeft.kernels.dispatch import next_power_of_2
 from mmpeft.kernels.tritonlib import jit, tl, triton
 
@@ -45,9 +43,10 @@ def _pin(x, PIN: tl.constexpr):
 
 
 @jit
-def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
+def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_part,
            ldd, ldg, ldo, lds, ldn, ldb, T, F, R, r_gate, r_up, r_down,
-           ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr,
+           SCALE: tl.constexpr):  # fmt: skip
     block, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BN)
     k = tl.arange(0, RP)
@@ -69,6 +68,15 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
     w_up = tl.zeros((BN, RP), tl.float32)
     w_down = tl.zeros((BN, RP), tl.float32)
     dtype = dgu.dtype.element_ty
+    if SCALE:
+        factor += block * BN + c
+        bias += block * BN + c
+        f_gate = tl.load(factor, mask=inside_c, other=0.0)[None, :]
+        f_up = tl.load(factor + F, mask=inside_c, other=0.0)[None, :]
+        o_gate = tl.load(bias, mask=inside_c, other=0.0)[None, :]
+        o_up = tl.load(bias + F, mask=inside_c, other=0.0)[None, :]
+        m_gate = tl.zeros((BN,), tl.float32)
+        m_up = tl.zeros((BN,), tl.float32)
     for i in range(0, ROWS, BM):
         inside_r = (r < T - chunk * ROWS - i)[:, None]
         inside = inside_r & inside_c[None, :]
@@ -76,12 +84,20 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
         g = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         u = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         s_down = tl.load(dS_down + (r[:, None] * ldn + k[None, :]), mask=inside_r & (k < r_down)[None, :], other=0.0)
+        if SCALE:
+            g = g * f_gate + o_gate
+            u = u * f_up + o_up
         sig = tl.sigmoid(g)
         silu = g * sig
         h = _pin((silu * u).to(dtype), PIN)
         w_down += tl.dot(tl.trans(h), s_down, input_precision="ieee")
 
-        d_up = _pin((d * silu).to(dtype), PIN)
+        wide_up = d * silu
+        if SCALE:  # z is read again (from L2) rather than held in registers
+            z = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+            m_up += tl.sum(wide_up * z, 0)
+            wide_up = wide_up * f_up
+        d_up = _pin(wide_up.to(dtype), PIN)
         tl.store(dgu + F + (r[:, None] * ldo + c[None, :]), d_up, mask=inside)
         s_up = tl.load(S + r_gate + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_up)[None, :], other=0.0)
         w_up += tl.dot(tl.trans(d_up), s_up, input_precision="ieee")
@@ -89,7 +105,12 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
         p = tl.dot(d_up, b_up, input_precision="ieee")
         tl.store(part + r_gate, p, mask=inside_r & (k < r_up)[None, :])
 
-        d_gate = _pin((d * u * (sig + silu * (1 - sig))).to(dtype), PIN)
+        wide_gate = d * u * (sig + silu * (1 - sig))
+        if SCALE:
+            z = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+            m_gate += tl.sum(wide_gate * z, 0)
+            wide_gate = wide_gate * f_gate
+        d_gate = _pin(wide_gate.to(dtype), PIN)
         tl.store(dgu + (r[:, None] * ldo + c[None, :]), d_gate, mask=inside)
         s_gate = tl.load(S + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_gate)[None, :], other=0.0)
         w_gate += tl.dot(tl.trans(d_gate), s_gate, input_precision="ieee")
@@ -106,6 +127,10 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
     tl.store(out, w_gate, mask=inside_c[:, None])
     tl.store(out + F * RP, w_up, mask=inside_c[:, None])
     tl.store(out + 2 * F * RP, w_down, mask=inside_c[:, None])
+    if SCALE:
+        dm_part += (chunk * 2 * F + block * BN).to(tl.int64) + c
+        tl.store(dm_part, m_gate, mask=inside_c)
+        tl.store(dm_part + F, m_up, mask=inside_c)
 
 
 @jit
@@ -126,14 +151,17 @@ def _finish_S(
 
 
 @jit
-def _swiglu_shrink(gate_up, act, A, part, ldg, lda, ldw, T, F, R,
-                   BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr):  # fmt: skip
+def _swiglu_shrink(gate_up, act, A, part, factor, bias, ldg, lda, ldw, T, F, R, BM: tl.constexpr, BN: tl.constexpr,
+                   RP: tl.constexpr, PIN: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     block = tl.program_id(0)
     rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     cols = (block * BN + tl.arange(0, BN))[None, :]
     inside = (rows < T) & (cols < F)
     g = tl.load(gate_up + rows * ldg + cols, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(gate_up + rows * ldg + F + cols, mask=inside, other=0.0).to(tl.float32)
+    if SCALE:
+        g = g * tl.load(factor + cols, mask=cols < F, other=0.0) + tl.load(bias + cols, mask=cols < F, other=0.0)
+        u = u * tl.load(factor + F + cols, mask=cols < F, other=0.0) + tl.load(bias + F + cols, mask=cols < F, other=0.0)
     h = _pin((g * tl.sigmoid(g) * u).to(act.dtype.element_ty), PIN)
     tl.store(act + rows * lda + cols, h, mask=inside)
     c = block * BN + tl.arange(0, BN)[:, None]
@@ -169,8 +197,8 @@ def _put(at, value, mask, ADD: tl.constexpr):
 def mlp_backward(
     dh: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, dS_down: Tensor, B: Tensor, ranks: tuple[int, int, int],
     scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, config: Config,
-    *, accumulate: bool = False,
-) -> None:  # fmt: skip
+    *, accumulate: bool = False, scaling: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:  # fmt: skip
     """One sweep over the MLP's backward.
 
     Args:
@@ -180,6 +208,8 @@ def mlp_backward(
         dgu: [T, 2f + R], filled with [dgate | dup | dS].
         dB_gate [f, r], dB_up [f, r], dA_down [r, f]: fp32, written, or added to with `accumulate`.
         config: one of `configs(ranks)`.
+        scaling: DoRA's factor and bias [2f], fp32: gate_up is z, what the activation sees is factor * z + bias, dgu is
+            filled with z's gradient, and the sum over T of (gradient of what it sees) * z [2f] is returned.
     """
     (T, F), R, (r_gate, r_up, r_down) = dh.shape, S.shape[1], ranks
     BN, BM, warps, stages = config
@@ -189,10 +219,12 @@ def mlp_backward(
     chunks = triton.cdiv(T, rows)
     dS_part = torch.empty(blocks, T, R, dtype=torch.float32, device=dh.device)
     dW_part = torch.empty(chunks, 3, F, RP, dtype=torch.float32, device=dh.device)
+    dm_part = None if scaling is None else torch.empty(chunks, 2 * F, dtype=torch.float32, device=dh.device)
+    factor, bias = (dW_part, dW_part) if scaling is None else scaling
     _sweep[(blocks, chunks)](
-        dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part,
+        dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dW_part if dm_part is None else dm_part,
         dh.stride(0), gate_up.stride(0), dgu.stride(0), S.stride(0), dS_down.stride(0), B.stride(0), T, F, R, *ranks,
-        ROWS=rows, BM=BM, BN=BN, RP=RP, PIN=_pins(dh), num_warps=warps, num_stages=stages,
+        ROWS=rows, BM=BM, BN=BN, RP=RP, PIN=_pins(dh), SCALE=scaling is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = dgu[:, 2 * F :]
     _finish_S[(triton.cdiv(T, 32),)](
@@ -212,23 +244,34 @@ def mlp_backward(
     _finish_dW[(triton.cdiv(F, 64), 3)](
         dW_part, dB_gate, dB_up, dA_down, *scales, F, r_gate, r_up, r_down, CHUNKS=chunks, BN=64, RP=RP, ADD=accumulate
     )
+    return None if dm_part is None else dm_part.sum(0)
 
 
 def configs(ranks: tuple[int, int, int]) -> list[Config]:
-    """Tile shapes worth timing for these ranks (ptxas spills at most 8 bytes); none where the sweep does not fit."""
+    """Tile shapes worth timing for these ranks; none where the sweep does not fit.
+
+    ptxas for sm_90 spills at most 8 bytes (with DoRA's factors 408 of the first and 208 of the first of rank 32, the others
+    none). The last of each fits a multiprocessor twice, or with 512 threads: more loads in flight from smaller tiles.
+    """
     wide = max(16, next_power_of_2(max(ranks)))
-    return {16: [(256, 32, 16, 2), (128, 32, 8, 3), (256, 16, 8, 3)], 32: [(128, 32, 16, 2)]}.get(wide, [])
+    return {
+        16: [(256, 32, 16, 2), (128, 32, 8, 3), (256, 16, 8, 3), (128, 16, 8, 3)],
+        32: [(128, 32, 16, 2), (128, 16, 16, 3)],
+    }.get(wide, [])
 
 
-def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
-    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f]."""
+def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor, scaling: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f].
+
+    scaling: factor and bias [2f], fp32, applied to gate_up before."""
     T, F, R = gate_up.shape[0], gate_up.shape[1] // 2, A.shape[0]
     BM, BN, RP = 32, 256, next_power_of_2(R)
     blocks = triton.cdiv(F, BN)
     part = torch.empty(blocks, T, R, dtype=torch.float32, device=act.device)
+    factor, bias = (part, part) if scaling is None else scaling
     _swiglu_shrink[(blocks, triton.cdiv(T, BM))](
-        gate_up, act, A, part, gate_up.stride(0), act.stride(0), A.stride(0), T, F, R,
-        BM=BM, BN=BN, RP=RP, PIN=_pins(act), num_warps=8,
+        gate_up, act, A, part, factor, bias, gate_up.stride(0), act.stride(0), A.stride(0), T, F, R,
+        BM=BM, BN=BN, RP=RP, PIN=_pins(act), SCALE=scaling is not None, num_warps=8,
     )  # fmt: skip
     S = torch.empty(T, R, dtype=act.dtype, device=act.device)
     wide = act[:, F:]
@@ -236,48 +279,6 @@ def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor) -> Tensor:
         part, S, wide, S.stride(0), wide.stride(0), T, R, R, BLOCKS=blocks, BM=32, RW=RP, TWICE=True
     )
     return S
-
-
-@functools.cache
-def plan(
-    T: int, F: int, R: int, ranks: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> Config | None:
-    """The fastest tile shape for `mlp_backward` at this size and device, or None where the unfused kernels are faster.
-
-    Timed once a size and device, on random data (`tuning`). Off the GPU (in the interpreter) the first shape
-    is taken.
-    """
-    choices = configs(ranks)
-    if not choices or device.type != "cuda":
-        return choices[0] if choices else None
-    if dtype not in (torch.bfloat16, torch.float16):  # tiles of twice the bytes do not fit shared memory
-        return None
-    from mmpeft.kernels.elementwise import swiglu_backward
-
-    @functools.cache  # made only if something is timed
-    def data() -> tuple[Tensor, ...]:
-        make = functools.partial(torch.randn, dtype=dtype, device=device)
-        dS_down = make(T, 16 * -(-max(ranks[2], 1) // 16))
-        out = [torch.empty(F * r, device=device) for r in ranks]
-        return make(T, F), make(T, 2 * F), make(T, 2 * F + R), make(T, R), dS_down, make(2 * F, R), *out
-
-    def unfused() -> None:
-        dh, gate_up, dgu, S, dS_down, B, *_ = data()
-        swiglu_backward(dh, gate_up, dgu[:, : 2 * F], dh)
-        torch.mm(dgu[:, : 2 * F], B, out=dgu[:, 2 * F :])
-        for half in dgu[:, : 2 * F].split(F, 1):
-            torch.mm(half.mT, S[:, : max(ranks[:2])], out_dtype=torch.float32)
-        torch.mm(dS_down.mT, dh, out_dtype=torch.float32)
-
-    def swept(config: Config) -> None:
-        dh, gate_up, dgu, S, dS_down, B, *out = data()
-        mlp_backward(dh, gate_up, dgu, S, dS_down, B, ranks, (1.0, 1.0), out[0], out[1], out[2], config)
-
-    names = {str(c): c for c in choices}
-    candidates: dict[str, Callable[[], None]] = {"unfused": unfused}
-    candidates |= {name: functools.partial(swept, c) for name, c in names.items()}
-    best = tuning.choose("mlp_backward", (T, F, R, ranks, dtype), candidates, device, otherwise="unfused")
-    return names.get(best)
 
 
 @functools.cache

@@ -1,18 +1,21 @@
-"""A stack of pre-norm ViT blocks (ViT, SigLIP) with low-rank adapters, written out, at the fused minimum of memory.
+"""A stack of pre-norm ViT blocks (ViT, SigLIP, CLIP, DINOv2), frozen or with low-rank adapters, written out.
 
     forward   add+norm -> [n | S] GEMM qkv -> attention -> proj (+ S B^T) -> add+norm -> [n | S] GEMM fc1 -> GELU -> fc2
     backward  the same upside down; every dX is one GEMM on [dY | dS]; A's and B's gradients go straight into the flat
               fp32 buffer
 
 A block keeps, a token, 20 h bytes in half precision (x, q, k, v, the attention's o, x_mid and fc1's output at f = 4h) and
-the rank-wide products; norm and GELU outputs are rebuilt by the backward kernels that need them. `fuse_vit` finds the
-parts in a model. Limits: frozen norms and biases, no mask, no drop path. Layout of the low-rank path:
-`packed.PackedGroup`.
+the rank-wide products; norm and GELU outputs are rebuilt by the backward kernels that need them. Where no gradient can
+flow (a frozen tower over pixels) nothing is kept. Linears without an adapter have no rank columns (`plain.Plain`).
+
+The stack runs whole (one autograd node) or block by block (`OneBlock`, for callers that look at what is between the
+blocks); both read the same weights and masters. `fuse_vit` finds the parts in a model. Limits: frozen norms, biases and
+layer scales, no mask, no drop path. Layout of the low-rank path: `packed.PackedGroup`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +23,12 @@ from torch import Tensor
 
 from mmpeft.errors import ConfigError
 from mmpeft.kernels import attention, fused_ops, recorded
+from mmpeft.kernels.adamw import Refresher, Slot
 from mmpeft.kernels.group import Dropped, Group, Masters, linear
+from mmpeft.kernels.plain import Plain
+
+Linears = Group | Plain
+Pending = tuple[Tensor, Tensor | None]  # a branch's output [B * T, h], and its layer scale [h]: not added yet
 
 
 @dataclass
@@ -34,28 +42,31 @@ class Norm:
 
 @dataclass
 class VitBlock:
-    """One block. qkv: members q, k, v, or one for all three."""
+    """One block. qkv: members q, k, v, or one for all three. scale1, scale2: layer scales [h] of the two branches."""
 
     norm1: Norm
-    qkv: Group
-    proj: Group
+    qkv: Linears
+    proj: Linears
     norm2: Norm
-    fc1: Group
-    fc2: Group
+    fc1: Linears
+    fc2: Linears
+    scale1: Tensor | None = None
+    scale2: Tensor | None = None
 
-    def groups(self) -> tuple[Group, Group, Group, Group]:
+    def groups(self) -> tuple[Linears, Linears, Linears, Linears]:
         """The four groups in flat order."""
         return self.qkv, self.proj, self.fc1, self.fc2
 
 
 @dataclass
 class VitTape:
-    """What a forward keeps for its backward."""
+    """What a forward over blocks `first`, `first` + 1, ... keeps for its backward."""
 
     blocks: list[tuple[Any, ...]]
     gradient: Tensor | None  # of the output
     shape: tuple[int, int]
     dropped: Dropped | None
+    first: int
 
 
 @dataclass
@@ -63,84 +74,129 @@ class FusedVit(Masters):
     """x [B, T, h] -> the stack's output [B, T, h].
 
     Args:
-        heads: count. tanh: GELU by tanh instead of exact. dropout: on every adapter's input, in `record`.
+        heads: count. gelu: "none" (exact), "tanh" or "quick". dropout: on every adapter's input, in `record`.
+        copies: (part of a group's bias, the model's own bias it was copied from).
     """
 
     blocks: list[VitBlock]
     heads: int
     scale: float
-    tanh: bool = False
+    gelu: str = "none"
     dropout: float = 0.0
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout}; expected 0 <= dropout < 1")
-        self.seed = torch.zeros(1, dtype=torch.int64, device=self.blocks[0].qkv.packed.buffer.device)
-        self.collect(g for block in self.blocks for g in block.groups())
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.blocks[0].norm1.weight.device)
+        self.masters: list[Tensor] = []
+        self.slots: list[Slot] = []
+        self.starts, self.firsts = [0], [0]  # where each block's part of the flat buffer, of the masters, begins
+        for block in self.blocks:
+            numel = 0  # a block's groups count from its own start: it may run alone
+            for group in block.groups():
+                for master, slot in group.slots(numel):
+                    self.masters.append(master)
+                    self.slots.append(slot)
+                    numel += slot.numel
+            self.starts.append(self.starts[-1] + numel)
+            self.firsts.append(len(self.masters))
+        self.numel = self.starts[-1]
+        self._refresher = Refresher(self.slots)
+        self.refresh()
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        return self.blocks[0].qkv.packed.buffer.dtype
+        fc1 = self.blocks[0].fc1
+        return (fc1.W if isinstance(fc1, Plain) else fc1.packed.buffer).dtype
+
+    @torch.no_grad()
+    def recopy(self) -> None:
+        """The groups' biases from the model's own again, where those are copies."""
+        for mine, own in self.copies:
+            mine.copy_(own)
 
     def states(self, x: Tensor) -> Tensor:
         """The output, differentiable in x and the masters; without gradients nothing is kept."""
-        if not torch.is_grad_enabled():
-            return self.record(x)[0] if self.dropout else self._forward(x, None, None)
-        return recorded.run(self, x)
+        return self._states(x, self, 0, len(self.blocks))
+
+    def block_states(self, x: Tensor, index: int) -> Tensor:
+        """One block's output, likewise."""
+        return self._states(x, OneBlock(self, index), index, index + 1)
+
+    def _states(self, x: Tensor, part: FusedVit | OneBlock, first: int, last: int) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or any(m.requires_grad for m in part.masters)):
+            return recorded.run(part, x)
+        with torch.no_grad():
+            return self._forward(x, first, last, None, self._drop())
 
     @torch.no_grad()
-    def record(self, x: Tensor) -> tuple[Tensor, VitTape]:
-        """x [B, T, h] -> (output, tape)."""
-        dropped = Dropped(self.dropout, self.seed.clone()) if self.dropout else None
+    def record(self, x: Tensor, first: int = 0, last: int | None = None) -> tuple[Tensor, VitTape]:
+        """x [B, T, h] through blocks `first` to `last` (exclusive; None: all) -> (output, tape)."""
+        dropped, saved = self._drop(), list[tuple[Any, ...]]()
+        y = self._forward(x, first, len(self.blocks) if last is None else last, saved, dropped)
+        return y, VitTape(saved, None, (x.shape[0], x.shape[1]), dropped, first)
+
+    def _drop(self) -> Dropped | None:
+        """This pass's dropout; the next pass draws other masks."""
+        if not self.dropout:
+            return None
+        dropped = Dropped(self.dropout, self.seed.clone())
         self.seed.add_(32 * len(self.blocks))
-        saved: list[tuple[Any, ...]] = []
-        y = self._forward(x, saved, dropped)
-        return y, VitTape(saved, None, (x.shape[0], x.shape[1]), dropped)
+        return dropped
 
-    @torch.no_grad()
-    def _forward(self, x: Tensor, saved: list[tuple[Any, ...]] | None, dropped: Dropped | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, first: int, last: int, saved: list[tuple[Any, ...]] | None, dropped: Dropped | None
+    ) -> Tensor:
         B, T, h = x.shape
-        x, delta = x.reshape(B * T, h).contiguous(), None
-        for i, block in enumerate(self.blocks):
-            x, delta, kept = self._block(block, x, delta, (B, T), _sites(dropped, i))
+        x, pending = x.reshape(B * T, h).contiguous(), None
+        for i in range(first, last):
+            x, pending, kept = self._block(self.blocks[i], x, pending, (B, T), _sites(dropped, i), saved is not None)
             if saved is not None:
                 saved.append(kept)
-        assert delta is not None
-        return (x + delta).view(B, T, h)
+            del kept
+        assert pending is not None
+        return _add(x, pending).view(B, T, h)
 
     def _block(
-        self, block: VitBlock, x: Tensor, delta: Tensor | None, shape: tuple[int, int], sites: tuple[Dropped | None, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        self, block: VitBlock, x: Tensor, pending: Pending | None, shape: tuple[int, int],
+        sites: tuple[Dropped | None, ...], keep: bool,
+    ) -> tuple[Tensor, Pending, tuple[Any, ...]]:  # fmt: skip
         rows, h = x.shape
         n = block.qkv.wide(rows, h)
-        x, mean1, rstd1 = _norm(x, delta, block.norm1, n[:, :h])
+        x, mean1, rstd1 = _norm(x, pending, block.norm1, n[:, :h])
         qkv, S_qkv = block.qkv.forward(n, sites[0])
         o, kept = attention.forward(*self._heads(qkv, shape), self.scale, causal=False)
         o = o.reshape(rows, h)
-        S_o = block.proj.shrink(o, sites[1])
-        delta = linear(o, block.proj.packed.W, block.proj.packed.bias).addmm_(S_o, block.proj.packed.B.mT)
+        delta, S_o = _narrow(block.proj, o, sites[1])
         n = block.fc1.wide(rows, h)
-        x_mid, mean2, rstd2 = _norm(x, delta, block.norm2, n[:, :h])
+        x_mid, mean2, rstd2 = _norm(x, (delta, block.scale1), block.norm2, n[:, :h])
+        if not keep and isinstance(block.fc1, Plain) and isinstance(block.fc2, Plain):
+            delta, _ = block.fc2.forward(block.fc1.gelu(n, self.gelu))
+            return x_mid, (delta, block.scale2), ()
         u, S_1 = block.fc1.forward(n, sites[2])
         f = u.shape[1]
         g = block.fc2.wide(rows, f)
-        fused_ops.gelu(u, g[:, :f], self.tanh)
+        fused_ops.gelu(u, g[:, :f], self.gelu)
         delta, S_2 = block.fc2.forward(g, sites[3])
-        return x_mid, delta, (x, mean1, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, mean2, rstd2, S_1, u, S_2)
+        saved = (x, mean1, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, mean2, rstd2, S_1, u, S_2)
+        return x_mid, (delta, block.scale2), saved
 
     @torch.no_grad()
     def backward(self, tape: VitTape, flat: Tensor, *, accumulate: bool = False, need_dx: bool = False) -> Tensor | None:
-        """Writes (or adds) the masters' gradients into flat [numel]; returns x's [B, T, h] if asked. The tape is
-        consumed."""
+        """Writes (or adds) the gradients of the masters of the tape's blocks into flat; returns x's [B, T, h] if asked.
+        The tape is consumed."""
         if not tape.blocks or tape.gradient is None:
             raise ConfigError(
                 "this tape's backward has run: its tensors were freed on the way (retain_graph is not supported)"
             )
         g, tape.gradient = tape.gradient, None
-        for i in range(len(self.blocks) - 1, -1, -1):
+        begin = self.starts[tape.first]
+        for i in range(tape.first + len(tape.blocks) - 1, tape.first - 1, -1):
+            mine = flat[self.starts[i] - begin : self.starts[i + 1] - begin]
             sites = _sites(tape.dropped, i)
-            g = self._block_backward(self.blocks[i], g, tape.blocks.pop(), flat, accumulate, tape.shape, sites)
+            g = self._block_backward(self.blocks[i], g, tape.blocks.pop(), mine, accumulate, tape.shape, sites)
         return g.reshape(*tape.shape, -1) if need_dx else None
 
     def _block_backward(
@@ -152,21 +208,24 @@ class FusedVit(Masters):
         (rows, h), f, acc = x.shape, u.shape[1], accumulate
 
         wide = block.fc2.wide(rows, h)
-        wide[:, :h].copy_(g)
+        _scaled(g, block.scale2, wide[:, :h])
         dg = block.fc2.backward(wide, S_2, flat, acc, sites[3])
         du = block.fc1.wide(rows, f)
-        fused_ops.gelu_backward(dg, u, du[:, :f], dg, self.tanh)  # dg now holds the activation itself
+        fused_ops.gelu_backward(dg, u, du[:, :f], dg, self.gelu)  # dg now holds the activation itself
         block.fc2.backward_A(wide, dg, flat, acc, sites[3])
         del u, dg, wide
 
         dn = block.fc1.backward(du, S_1, flat, acc, sites[2])
-        n, g_mid = torch.empty_like(x), block.proj.wide(rows, h)
-        _norm_backward(dn, x_mid, mean2, rstd2, block.norm2, g, g_mid[:, :h], n)
+        n, dmid = torch.empty_like(x), block.proj.wide(rows, h)
+        g_mid = dmid[:, :h] if block.scale1 is None else torch.empty_like(x)
+        _norm_backward(dn, x_mid, mean2, rstd2, block.norm2, g, g_mid, n)
         block.fc1.backward_A(du, n, flat, acc, sites[2])
         del du, x_mid, g
 
-        do = block.proj.backward(g_mid, S_o, flat, acc, sites[1])
-        block.proj.backward_A(g_mid, o, flat, acc, sites[1])
+        if block.scale1 is not None:
+            _scaled(g_mid, block.scale1, dmid[:, :h])
+        do = block.proj.backward(dmid, S_o, flat, acc, sites[1])
+        block.proj.backward_A(dmid, o, flat, acc, sites[1])
         q, k, v = self._heads(qkv, shape)
         o4 = o.view(*shape, self.heads, -1)
         grads = attention.backward(do.view_as(o4), q, k, v, o4, kept, self.scale, causal=False)
@@ -176,7 +235,7 @@ class FusedVit(Masters):
         del do, grads, q, k, v, o4, o, kept, qkv
 
         dn, out = block.qkv.backward(dqkv, S_qkv, flat, acc, sites[0]), torch.empty_like(x)
-        _norm_backward(dn, x, mean1, rstd1, block.norm1, g_mid[:, :h], out, n)
+        _norm_backward(dn, x, mean1, rstd1, block.norm1, g_mid, out, n)
         block.qkv.backward_A(dqkv, n, flat, acc, sites[0])
         return out
 
@@ -185,7 +244,48 @@ class FusedVit(Masters):
         return q, k, v
 
 
-def _norm(x: Tensor, delta: Tensor | None, norm: Norm, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class OneBlock:
+    """Block `index` of a stack alone, as an autograd node: its masters, and its part of the flat buffer."""
+
+    def __init__(self, stack: FusedVit, index: int) -> None:
+        self.stack, self.index = stack, index
+        mine = slice(stack.firsts[index], stack.firsts[index + 1])
+        self.masters, self.slots = stack.masters[mine], stack.slots[mine]
+        self.numel = stack.starts[index + 1] - stack.starts[index]
+
+    def record(self, x: Tensor) -> tuple[Tensor, VitTape]:
+        """As of the stack."""
+        return self.stack.record(x, self.index, self.index + 1)
+
+    def backward(self, tape: VitTape, flat: Tensor, *, accumulate: bool = False, need_dx: bool = False) -> Tensor | None:
+        """As of the stack; flat [numel] of this block."""
+        return self.stack.backward(tape, flat, accumulate=accumulate, need_dx=need_dx)
+
+
+def _narrow(group: Linears, x: Tensor, dropped: Dropped | None) -> tuple[Tensor, Tensor | None]:
+    """The group's product of an x that is not in a wide buffer."""
+    if isinstance(group, Plain):
+        return group.forward(x)
+    S, p = group.shrink(x, dropped), group.packed
+    return linear(x, p.W, p.bias).addmm_(S, p.B.mT), S
+
+
+def _add(x: Tensor, pending: Pending) -> Tensor:
+    delta, scale = pending
+    return x + delta if scale is None else torch.addcmul(x, delta, scale)
+
+
+def _scaled(g: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    if scale is None:
+        out.copy_(g)
+    else:
+        torch.mul(g, scale, out=out)
+
+
+def _norm(x: Tensor, pending: Pending | None, norm: Norm, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    delta = None if pending is None else pending[0]
+    if pending is not None and pending[1] is not None:  # one pass more than without a layer scale
+        x, delta = _add(x, pending), None
     return fused_ops.add_layernorm(x, delta, norm.weight, norm.bias, norm.eps, n)
 
 

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.slow
 ROWS = {
     "llm": ("llm", ["--shape", "1.5b"], ["mmpeft", "mmpeft engine", "peft", "unsloth", "peft+liger"], 3),
     "llm-dropout": ("llm", ["--shape", "360m", "--dropout", "0.05"], ["mmpeft", "peft"], 2),
-    "llm-dora": ("llm", ["--dora"], ["mmpeft", "mmpeft engine", "peft"], 2),
-    "llm-nf4": ("llm", ["--base", "nf4"], ["mmpeft", "mmpeft engine", "peft"], 1),
+    "llm-dora": ("llm", ["--dora"], ["mmpeft", "mmpeft engine", "peft"], 3),
+    "llm-packed": ("llm", ["--packed"], ["mmpeft", "mmpeft engine", "peft"], 3),
+    "llm-nf4": ("llm", ["--base", "nf4"], ["mmpeft", "mmpeft engine", "peft"], 2),
     "vit": ("vit", [], ["mmpeft", "mmpeft engine", "mmpeft engine+compile", "peft"], 3),
     "vlm": ("vlm", [], ["mmpeft", "mmpeft, cached features", "peft"], 3),
     "policy": ("policy", [], ["mmpeft", "mmpeft, switching", "peft", "peft merged"], 4),

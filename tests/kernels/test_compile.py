@@ -112,6 +112,7 @@ def test_a_switch_to_another_adapter_and_what_is_left_to_the_model(caplog):
             input_ids=IDS, attention_mask=torch.tensor([[0] * 2 + [1] * 5, [1] * 7]), use_cache=False
         ).logits[1],
         "packed": lambda: model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2), use_cache=False).logits,
+        "elsewhere": lambda: model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 9, 3, 4, 5]] * 2), use_cache=False).logits,
         "cache": lambda: model(input_ids=IDS, use_cache=True).logits,
         "attentions": lambda: model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[-1],
         "right": lambda: model(
@@ -131,7 +132,7 @@ def test_a_switch_to_another_adapter_and_what_is_left_to_the_model(caplog):
             for name, case in cases.items():
                 before = decoder.calls["fused"]
                 torch.testing.assert_close(case(), wanted[str(use)][name], rtol=1e-4, atol=1e-4)
-                fused = use in ("a", "b") and name in ("b", "right")
+                fused = use in ("a", "b") and name in ("b", "right", "packed")
                 assert decoder.calls["fused"] - before == fused, (use, name)
     assert {"padding on the left", "a key/value cache is asked for", "called with output_hidden_states"} <= decoder.reasons
     compiled.undo()
@@ -203,7 +204,7 @@ def test_moved_weights_and_loaded_ones_are_noticed():
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ({"model.layers.*.mlp.*_proj": mmpeft.DoRA(rank=2)}, "dora is not a plain"),
+        ({"model.layers.*.mlp.*_proj": mmpeft.DoRA(rank=2, init_from="pissa")}, "dora is not a plain"),
         ({"model.layers.*.mlp.*_proj": mmpeft.LoRA(rank=2), "model.norm": "full"}, "full is not a plain"),
         ({"model.layers.*.mlp": mmpeft.Bottleneck(size=4)}, "is not a plain"),
     ],

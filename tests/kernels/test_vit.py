@@ -8,6 +8,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.kernels import dispatch, fused_ops
+from mmpeft.kernels.plain import Plain
 
 timm = pytest.importorskip("timm")
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -36,21 +37,35 @@ def test_add_layernorm_and_backward(backend, device, T, H, residual):
     assert (buffer[:, H:] == 9).all() and (out[:, H:] == 9).all()
 
 
-@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("kind", ["none", "tanh", "quick"])
 @pytest.mark.parametrize(("T", "F"), [(1, 8), (7, 37), (3, 1030)])
-def test_gelu_and_backward(backend, device, tanh, T, F):
+def test_gelu_and_backward(backend, device, kind, T, F):
     u, dg = torch.randn(T, F, device=device) * 3, torch.randn(T, F, device=device)
     wide = u.double().requires_grad_()
-    want = nn.functional.gelu(wide, approximate="tanh" if tanh else "none")
+    want = wide * torch.sigmoid(1.702 * wide) if kind == "quick" else nn.functional.gelu(wide, approximate=kind)
     want.backward(dg.double())
     out = torch.full((T, F + 4), 9.0, device=device)
-    fused_ops.gelu(u, out[:, :F], tanh)
+    fused_ops.gelu(u, out[:, :F], kind)
     torch.testing.assert_close(out[:, :F].double(), want.detach(), **CLOSE)
     du = torch.full((T, F + 2), 9.0, device=device)
-    fused_ops.gelu_backward(dg, u, du[:, :F], dg, tanh)
+    fused_ops.gelu_backward(dg, u, du[:, :F], dg, kind)
     torch.testing.assert_close(du[:, :F].double(), wide.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dg.double(), want.detach(), **CLOSE)
     assert (out[:, F:] == 9).all() and (du[:, F:] == 9).all()
+
+
+@pytest.mark.parametrize("kind", ["none", "tanh", "quick"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_linears(backend, device, kind, bias):
+    x = torch.randn(5, 12, device=device)
+    weights = [torch.randn(n, 12, device=device) for n in (8, 4)]
+    biases = [torch.randn(n, device=device) if bias else None for n in (8, 4)]
+    plain = Plain(weights, biases)
+    want = torch.cat([nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], 1)
+    torch.testing.assert_close(plain.forward(x)[0], want, **CLOSE)
+    torch.testing.assert_close(plain.gelu(x, kind), fused_ops.gelu_of(want, kind), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.backward(want, None, x, False), want @ torch.cat(weights), **CLOSE)
+    assert Plain(weights[:1], biases[:1]).W is weights[0]  # one linear is used where it lies
 
 
 def vit(plan, names=("a",), **more):
@@ -150,7 +165,6 @@ def test_a_broken_backward_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("plan", "more", "why"),
     [
-        (PLANS["all"], {"init_values": 0.1}, "a parameter that a plain ViT block has not"),
         (PLANS["all"], {"qk_norm": True}, "a parameter that a plain ViT block has not"),
         ({"blocks.*.attn.qkv": mmpeft.DoRA(rank=2)}, {}, "dora is not a plain"),
         ({"blocks.*.norm1": "full", "blocks.*.attn.qkv": mmpeft.LoRA(rank=2)}, {}, "full is not a plain"),

@@ -1,8 +1,8 @@
 """Llama-type decoders on the fused blocks of `mmpeft.kernels`, and the loss of their language models without logits.
 
-The fused blocks compute causal attention over whole rows with one adapter, so each call is looked at: another active
-set, a padding on the left, positions that restart, a key/value cache or a request for attentions go to the module's own
-forward (`part.py`).
+The fused blocks compute causal attention over rows, or over packed documents in them (positions that begin again at 0,
+which is how transformers is told), with one adapter, so each call is looked at: another active set, a padding on the
+left, a key/value cache or a request for attentions go to the module's own forward (`part.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.compiled.part import FusedPart
+from mmpeft.adapters.compiled.few_bits import schemes, storage
+from mmpeft.adapters.compiled.part import FusedPart, stored
 from mmpeft.adapters.compiled.route import Route
 from mmpeft.adapters.state import slots
-from mmpeft.errors import Unsupported
-from mmpeft.kernels import fuse
+from mmpeft.errors import ConfigError, Unsupported
+from mmpeft.kernels import attention, fuse
 from mmpeft.kernels.cross_entropy import linear_cross_entropy
+from mmpeft.kernels.documents import Documents
 
 if TYPE_CHECKING:
     from mmpeft.adapters.compiled.model import Compiled
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+PACKED = {"varlen": "varlen flash attention", "masked": "a block-diagonal mask"}
 IGNORED = ("return_dict", "num_items_in_batch")  # say nothing about what a decoder computes
 
 
@@ -47,6 +50,8 @@ def language_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class FusedDecoder(FusedPart):
     """One decoder on the fused blocks, and the choice made at each call."""
 
+    dora = few_bits = True
+
     def __init__(self, model: nn.Module, path: str, decoder: Any, *, check: bool, graphs: bool = False) -> None:
         super().__init__(model, path, decoder, around=("embed_tokens",))
         found = self.sites(self.bound)
@@ -58,21 +63,39 @@ class FusedDecoder(FusedPart):
         owner = lm if self.whole else decoder
         prefix = next((f"{n}." for n, m in owner.named_modules() if m is decoder and n), "")
         adapters = {f"{prefix}{site}": low_rank for (site, _), (low_rank, _) in found.items()}
-        fused = fuse.from_model(owner, adapters, attached=True, check=check, others=self.others)
-        self.arguments = _names(decoder)
+        fused = fuse.from_model(owner, adapters, attached=True, check=check, others=self.others, storage=storage)
+        self.arguments, self.packed = _names(decoder), 0  # `packed` counts fused calls on packed documents
+        self.bases = _versions(fused, decoder)
         self.start(fused, [g for block in fused.blocks for g in block.groups()], graphs=graphs)
 
     def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         decoder: Any = self.module
+        x = given.get("inputs_embeds")
         try:
-            fused = self.current(self.name_of(given.get("inputs_embeds"), self.why_not(given)))
+            fused = self.current(self.name_of(x, self.why_not(given)))
+            rows = (given["input_ids"] if x is None else x).shape[:2]
+            documents = _documents(rows, given.get("attention_mask"), given.get("position_ids"))
         except Unsupported as why:
             self.own(why)
             return route.plain(*args, **kwargs)
-        x = given.get("inputs_embeds")
         x = decoder.embed_tokens(given["input_ids"]) if x is None else x
-        return _outputs().BaseModelOutputWithPast(last_hidden_state=self.states(fused, x))
+        self.packed += documents is not None
+        return _outputs().BaseModelOutputWithPast(last_hidden_state=self.states(fused, x, documents))
+
+    def current(self, name: str | None = None) -> Any:
+        """As `FusedPart.current`; with DoRA, a base that was written to since has other norms."""
+        fused = super().current(name)
+        bases = _versions(fused, self.module)
+        if bases != self.bases:
+            fused.rescale(squares=True)
+            self.bases = bases
+        return fused
+
+    @property
+    def packing(self) -> str:
+        """How packed documents attend."""
+        return PACKED[attention.packed_kind(self.fused.embedding.new_empty(2 * self.fused.inv_freq.numel()))]
 
     def why_not(self, given: Mapping[str, Any]) -> dict[str, object]:
         """Reasons for the module's own forward in what it was called with, and whether they hold."""
@@ -81,27 +104,42 @@ class FusedDecoder(FusedPart):
         asked = [k for k, v in given.items() if k not in used and v is not None and v is not False]
         cached = given.get("use_cache")
         cached = getattr(decoder.config, "use_cache", False) if cached is None else cached
-        rows = None if asked else _not_causal_rows(given.get("attention_mask"), given.get("position_ids"))
         return {
             f"called with {', '.join(sorted(asked))}": asked,
             "a key/value cache is asked for": cached and not torch.is_grad_enabled(),
-            str(rows): rows is not None,
         }
 
 
-def _not_causal_rows(mask: Tensor | None, positions: Tensor | None) -> str | None:
-    """Why a mask or positions are more than causal rows from 0, which may be padded on the right."""
+def _versions(fused: Any, decoder: nn.Module) -> list[int]:
+    """Versions of the base weights whose norms DoRA keeps; none without it."""
+    layers: Any = decoder.get_submodule("layers")
+    return [stored(m)._version for m in layers.modules() if isinstance(m, nn.Linear)] if fused.scaled else []
+
+
+def _documents(rows: tuple[int, int], mask: Tensor | None, positions: Tensor | None) -> Documents | None:
+    """The documents that a mask and positions [B, T] of a call mean; None for whole rows, which may be padded on the
+    right. As in transformers, positions make documents only where no mask is given.
+
+    Raises:
+        Unsupported: they mean something else, which the message names.
+    """
     if mask is not None:
         if mask.ndim != 2:
-            return "an attention mask of more than [B, T]"
+            raise Unsupported("an attention mask of more than [B, T]")
         if bool((mask[:, 1:] > mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
-            return "padding on the left"
-    if positions is not None:
-        plain = torch.arange(positions.shape[-1], device=positions.device)
-        known = plain if mask is None else torch.minimum(plain, (mask.long().sum(1, keepdim=True) - 1).clamp_min(0))
-        if not bool(((positions == plain) | (positions == known)).all()):
-            return "positions that do not count from 0 (packed documents)"
-    return None
+            raise Unsupported("padding on the left")
+    if positions is None:
+        return None
+    plain = torch.arange(positions.shape[-1], device=positions.device)
+    known = plain if mask is None else torch.minimum(plain, (mask.long().sum(1, keepdim=True) - 1).clamp_min(0))
+    if bool(((positions == plain) | (positions == known)).all()):
+        return None
+    if mask is not None:
+        raise Unsupported("positions that do not count from 0, beside a mask")
+    try:
+        return Documents.of_positions(positions.expand(rows))
+    except (ConfigError, RuntimeError):
+        raise Unsupported("positions that do neither count from 0 nor begin again at 0 (packed documents)") from None
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
@@ -129,8 +167,12 @@ def apply(model: nn.Module, compiled: Compiled, *, check: bool, graphs: bool) ->
             compiled.skip(part, str(error))
             continue
         compiled.decoders.append(fused)
-        how = f"{len(fused.fused.blocks)} fused blocks, adapter {fused.bound!r}, "
+        kept = schemes(list(decoder.get_submodule("layers").parameters()))
+        dora = " with DoRA's factors in them" if fused.fused.scaled else ""
+        how = f"{len(fused.fused.blocks)} fused blocks{dora}, adapter {fused.bound!r}, "
         how += "Triton kernels" if fused.fused.embedding.is_cuda else "plain-torch references (no GPU)"
+        how += f", {kept} weights made dense a group at a time" if kept else ""
+        how += f", packed documents through {fused.packing}"
         how += "; CUDA graphs without gradients" if graphs else ""
         compiled.add(part, how, fused.remove)
 

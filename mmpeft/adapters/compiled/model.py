@@ -68,9 +68,12 @@ class Compiled:
         same in every call."""
         return Step(fn, self)
 
-    def train_step(self, *, batch: int, length: int, rows: int | None = None, **optimizer: Any) -> TrainStep:
+    def train_step(
+        self, *, batch: int, length: int, rows: int | None = None, documents: int | None = None, **optimizer: Any
+    ) -> TrainStep:
         """A whole training step of the fused language model (forward, backward, AdamW) at one batch shape; on a GPU
-        one CUDA graph. Options of `kernels.adamw.FlatAdamW`; `rows`: how many positions the head runs on.
+        one CUDA graph. Options of `kernels.adamw.FlatAdamW`; `rows`: how many positions the head runs on; `documents`: the
+        most packed documents of a batch, `step(ids, labels, documents=batch["document_ids"])`.
 
         Raises:
             ConfigError: not exactly one fused decoder with a head, or adapters outside of its blocks.
@@ -78,7 +81,7 @@ class Compiled:
         if len(self.decoders) != 1 or not self.decoders[0].whole:
             raise ConfigError(f"a training step needs one fused decoder and its plain head; this model has:\n{self}")
         fused = self.decoders[0].current()
-        return TrainStep(fused, fused.optimizer(**optimizer), batch=batch, length=length, rows=rows)
+        return TrainStep(fused, fused.optimizer(**optimizer), batch=batch, length=length, rows=rows, documents=documents)
 
 
 class Step:
@@ -129,7 +132,8 @@ def compile(
     Args:
         decoders: Llama-type decoders, found by structure, run as fused blocks with the active adapter.
         loss: a causal language model called with labels computes its loss without logits (its output has `logits=None`).
-        blocks: stacks of pre-norm ViT blocks with adapters inside, found by structure, run fused too.
+        blocks: stacks of pre-norm ViT blocks (timm, transformers, open_clip), frozen or with adapters inside, found by
+            structure, run fused too.
         towers: other stacks of transformer blocks are compiled by torch.compile (GPU only).
         graphs: forwards without gradients of whole towers and decoders replay CUDA graphs, one a shape (GPU only).
         check: compare every fused part with the model's own on random inputs first.

@@ -8,15 +8,17 @@ why, once a reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmpeft.adapters.compiled.few_bits import address
 from mmpeft.adapters.compiled.graphs import Graphed
 from mmpeft.adapters.compiled.route import Route
 from mmpeft.adapters.method import Delta
+from mmpeft.adapters.methods.lora import DoRA
 from mmpeft.adapters.slot import part_of
 from mmpeft.adapters.state import Active, find_state, slots
 from mmpeft.adapters.storage.packed_weight import PackedWeight
@@ -24,6 +26,8 @@ from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import Unsupported
 from mmpeft.kernels.fuse import LowRank
 from mmpeft.kernels.group import Group
+from mmpeft.kernels.plain import Plain
+from mmpeft.kernels.stored import StoredGroup
 
 log = logging.getLogger("mmpeft.kernels")
 Place = tuple[str, tuple[int, int] | None]  # path of a linear below the module, row range (None: all)
@@ -36,6 +40,7 @@ class FusedPart:
     Args:
         model: the root that was given to `compile`. path: of `module` in it.
         around: paths below the module whose adapters act as modules, beside the fused blocks.
+        frozen: no adapter is inside, so which one is active does not matter.
 
     Raises:
         Unsupported: the active set, the storage or a site does not fit.
@@ -43,31 +48,39 @@ class FusedPart:
 
     fused: Any
     route: Route
+    dora: ClassVar[bool] = False  # whether the fused form computes magnitudes
+    few_bits: ClassVar[bool] = False  # whether it takes packed weights
 
-    def __init__(self, model: nn.Module, path: str, module: nn.Module, around: tuple[str, ...] = ()) -> None:
-        self.path, self.module, self.state, self.around = path, module, find_state(model), around
+    def __init__(
+        self, model: nn.Module, path: str, module: nn.Module, around: tuple[str, ...] = (), *, frozen: bool = False
+    ) -> None:
+        self.path, self.module, self.state, self.around, self.frozen = path, module, find_state(model), around, frozen
         active = Active() if self.state is None else self.state.active
-        if self.state is None or len(active.names) != 1 or active.weights or active.rows or self.state.merged:
+        single = self.state is not None and len(active.names) == 1 and not active.weights and not active.rows
+        if not frozen and (not single or self.state is None or self.state.merged):
             raise Unsupported("needs exactly one active adapter, not merged: mmpeft.use(model, name) first")
         if any(is_sharded(p) for p in module.parameters()):
             raise Unsupported("its parameters are sharded")
-        if any(isinstance(p, PackedWeight) for p in module.parameters()):
+        if not self.few_bits and any(isinstance(p, PackedWeight) for p in module.parameters()):
             raise Unsupported("its weights are packed in few bits; the fused blocks hold them dense")
-        self.bound = active.names[0]
+        self.bound = "" if frozen else active.names[0]
         self._sites: dict[str, Sites] = {}
         self.reasons: set[str] = set()
         self.calls = {"fused": 0, "own": 0}
         self.others = [p for _, _, slot in slots(module) for p in slot.parameters()]
 
-    def start(self, fused: Any, groups: list[Group], *, graphs: bool) -> None:
+    def start(self, fused: Any, groups: Sequence[Group | Plain], *, graphs: bool) -> None:
         """Take over the module's calls, once its fused form is there."""
         self.fused, self.groups = fused, groups
-        mine = groups[0].packed.buffer.untyped_storage().data_ptr()
-        linears = [m for m in self.module.modules() if isinstance(m, nn.Linear)]
-        self.first = next(m for m in linears if stored(m).untyped_storage().data_ptr() == mine)
-        self.place = stored(self.first).data_ptr()
+        mine = _storage(groups[0])
+        self.first = next((m, n) for m, n, p in _tensors(self.module) if _lies(p) == mine)
+        self.place = address(stored(*self.first))
         self.versions, self.mark = self._now()
         self.graphed = Graphed(fused.states) if graphs else None
+        self.take()
+
+    def take(self) -> None:
+        """Stand in front of the module's own forward."""
         self.route = Route(self.module, self)
 
     def sites(self, name: str) -> Sites:
@@ -82,17 +95,23 @@ class FusedPart:
         for path, owner, slot in slots(self.module):
             for _, delta in slot.deltas((name,)) if path not in self.around else ():
                 base = owner._parameters.get(delta.site.tensor)
-                plain = isinstance(owner, nn.Linear) and delta.site.kind == "weight" and delta.site.tensor == "weight"
+                plain = delta.site.kind == "weight" and self.computes(owner, delta.site.tensor)
                 part = part_of(base, delta) if plain and base is not None else None
                 A, B = (None, None) if part is None else (part.factors.A, part.factors.B)
                 own = {id(p) for p in delta.parameters()}
-                if part is None or A is None or B is None or not {id(A), id(B)} <= own or not part.factors.additive:
+                m = delta.m if self.dora and type(delta.method) is DoRA else None
+                fits = part is not None and (part.factors.additive or m is not None)
+                if part is None or A is None or B is None or not {id(A), id(B)} <= own or not fits:
                     raise Unsupported(f"{delta.site.name}: {delta.method.name} is not a plain W + s B A of a linear layer")
-                found[path, delta.site.rows] = (LowRank(A, B, part.scale), delta)
+                found[path, delta.site.rows] = (LowRank(A, B, part.scale, m), delta)
         if len({d.method.dropout for _, d in found.values()}) > 1:
             raise Unsupported(f"the sites of {name!r} have different dropouts")
         self._sites[name] = found
         return found
+
+    def computes(self, owner: nn.Module, tensor: str | None) -> bool:
+        """Whether a stored tensor is the weight of a product of the fused blocks."""
+        return isinstance(owner, nn.Linear) and tensor == "weight"
 
     def current(self, name: str | None = None) -> Any:
         """The fused form with the compute copies of an adapter (default: the last used) as it is now.
@@ -101,14 +120,16 @@ class FusedPart:
             Unsupported: that adapter has other sites, ranks or scales than the one that was compiled.
         """
         fused, name = self.fused, name or self.bound
+        if self.frozen:
+            return fused
         found = self.sites(name)
         if self.bound != name:
             first = self.sites(self.bound)
             pairs = [(found[place][0], first[place][0]) for place in found if place in first]
             same = len(pairs) == len(found) == len(first)
-            if not same or any(x.scale != y.scale or x.A.shape != y.A.shape for x, y in pairs):
+            if not same or any(_kind(x) != _kind(y) for x, y in pairs):
                 raise Unsupported(f"{name!r} differs from {self.bound!r} in sites, ranks or scales")
-            masters = {id(y.A): x.A for x, y in pairs} | {id(y.B): x.B for x, y in pairs}
+            masters = {id(b): a for x, y in pairs for a, b in ((x.A, y.A), (x.B, y.B), (x.m, y.m)) if b is not None}
             fused.rebind([masters[id(m)] for m in fused.masters])
             self.bound = name
             self.versions, self.mark = self._now()
@@ -122,7 +143,7 @@ class FusedPart:
 
     def _now(self) -> tuple[list[int], Any]:
         """The masters' versions, and an object that `train()` and `eval()` replace."""
-        mark = next(slot.cache for _, _, slot in slots(self.module))
+        mark = next((slot.cache for _, _, slot in slots(self.module)), None)
         return [m._version for m in self.fused.masters], mark
 
     def name_of(self, x: Tensor | None, more: Mapping[str, object] | None = None) -> str:
@@ -131,28 +152,27 @@ class FusedPart:
         Raises:
             Unsupported: the call is for the module's own forward; the message says why.
         """
-        assert self.state is not None
-        active, dtype = self.state.current(), stored(self.first).dtype
-        kind = stored(self.first).device.type
+        weight, state = stored(*self.first), None if self.frozen else self.state
+        active, dtype, kind = state.current() if state else Active(), weight.dtype, weight.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
         single = len(active.names) == 1 and active.weights is None and active.rows is None and not active.base
         reasons = {
-            "the active set is not one unmerged adapter": not single or self.state.bare or self.state.merged,
-            "adapters are stacked (mmpeft.unstack to use the fused blocks)": self.state.indexed,
-            "the weights were moved or cast since; call mmpeft.compile again": stored(self.first).data_ptr() != self.place,
+            "the active set is not one unmerged adapter": state and (not single or state.bare or state.merged),
+            "adapters are stacked (mmpeft.unstack to use the fused blocks)": state and state.indexed,
+            "the weights were moved or cast since; call mmpeft.compile again": address(weight) != self.place,
             f"inputs of another dtype than the weights' {dtype}": x is not None and x.dtype != dtype,
             "autocast to another dtype than the weights'": autocast,
             **(more or {}),
         }
         if why := next((reason for reason, holds in reasons.items() if holds), None):
             raise Unsupported(why)
-        return active.names[0]
+        return active.names[0] if state else ""
 
-    def states(self, fused: Any, x: Tensor) -> Tensor:
-        """The fused form's output; a CUDA graph where no gradients flow."""
+    def states(self, fused: Any, x: Tensor, *more: Any) -> Tensor:
+        """The fused form's output (`more`: what else it reads); a CUDA graph where no gradients flow."""
         self.calls["fused"] += 1
         run = fused.states if torch.is_grad_enabled() or fused.dropout or self.graphed is None else self.graphed
-        y: Tensor = run(x)
+        y: Tensor = run(x, *more)
         return y
 
     def own(self, why: Unsupported) -> None:
@@ -165,18 +185,44 @@ class FusedPart:
     def remove(self) -> None:
         """The module's own forward again, and weights in storage of their own."""
         self.route.remove()
-        buffers = {group.packed.buffer.untyped_storage().data_ptr() for group in self.groups}
-        for module in self.module.modules():
-            if isinstance(module, nn.Linear) and stored(module).untyped_storage().data_ptr() in buffers:
-                w = stored(module)
+        self.unpack()
+
+    def unpack(self) -> None:
+        """Weights in storage of their own again."""
+        buffers = {_storage(group) for group in self.groups}
+        for _, _, w in _tensors(self.module):
+            if _lies(w) in buffers - {None}:
                 w.data = w.data.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
-def stored(linear: nn.Module) -> Tensor:
-    """A linear's weight as it lies in memory, whatever the attribute shows."""
-    weight = linear._parameters["weight"]
+def _kind(x: LowRank) -> tuple[float, torch.Size, bool]:
+    """What two adapters of one site must share to take each other's place."""
+    return x.scale, x.A.shape, x.m is not None
+
+
+def stored(owner: nn.Module, tensor: str = "weight") -> Tensor:
+    """A weight as it lies in memory, whatever the attribute shows."""
+    weight = owner._parameters[tensor]
     assert weight is not None
     return weight
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(owner, name, tensor) of every parameter as stored."""
+    for owner in module.modules():
+        yield from ((owner, name, p) for name, p in owner._parameters.items() if p is not None)
+
+
+def _storage(group: Group | Plain) -> int | None:
+    """Where a group's weights lie; None if they are kept in few bits."""
+    if isinstance(group, Group) and isinstance(group.packed, StoredGroup):
+        return None
+    return (group.W if isinstance(group, Plain) else group.packed.buffer).untyped_storage().data_ptr()
+
+
+def _lies(w: Tensor) -> int | None:
+    """Where a weight lies; None for one kept in few bits."""
+    return None if isinstance(w, PackedWeight) else w.untyped_storage().data_ptr()

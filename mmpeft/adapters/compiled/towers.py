@@ -1,5 +1,7 @@
 """Towers of transformer blocks (ViT, SigLIP, wav2vec and kin): torch.compile with gradients, CUDA graphs without.
 
+A tower whose blocks run fused (`vit.py`) is captured only: frozen, or under no_grad, one replay is the whole tower.
+
 A tower is found by structure: the smallest module around a ModuleList or Sequential of at least two blocks of one class
 that have an attention and an MLP (two norms, four linear layers). Llama-type decoders are not towers (`llama.py`). The
 adapted linears inside are one operator each (`kernels.lowrank`), so a tower is one graph with its adapters unmerged.
@@ -7,20 +9,23 @@ adapted linears inside are one operator each (`kernels.lowrank`), so a tower is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmpeft.adapters.compiled.graphs import Graphed
 from mmpeft.adapters.compiled.llama import decoders
 from mmpeft.adapters.compiled.route import Route
 from mmpeft.adapters.state import SLOT, find_state
 from mmpeft.errors import Unsupported
+from mmpeft.kernels.vit_parts import is_block
 
 if TYPE_CHECKING:
     from mmpeft.adapters.compiled.model import Compiled
+    from mmpeft.adapters.compiled.vit import FusedStack
 
 
 def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -49,14 +54,22 @@ def _blocks(stack: nn.Module) -> int:
     def linears(block: nn.Module) -> int:
         return sum(isinstance(m, nn.Linear) for m in block.modules())
 
-    return len(blocks) if all(norms(b) >= 2 and linears(b) >= 4 for b in blocks) else 0
+    return len(blocks) if all(is_block(b) or (norms(b) >= 2 and linears(b) >= 4) for b in blocks) else 0
 
 
 class FastTower:
-    """A tower's forward: compiled where gradients flow, replayed from a CUDA graph where none do."""
+    """A tower's forward: compiled where gradients flow, replayed from a CUDA graph where none do.
 
-    def __init__(self, model: nn.Module, tower: nn.Module, *, backend: str | None, graphs: bool) -> None:
-        self.state, self.tower = find_state(model), tower
+    Args:
+        backend: of torch.compile; None runs the tower as it is. stacks: the fused stacks inside.
+    """
+
+    def __init__(
+        self, model: nn.Module, tower: nn.Module, *, backend: str | None, graphs: bool, stacks: Sequence[FusedStack] = ()
+    ) -> None:
+        self.state, self.tower, self.stacks = find_state(model), tower, stacks
+        self.modules = [m for m in tower.modules() if m is not tower]
+        self.adapted = self.slots()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return type(tower).forward(tower, *args, **kwargs)
@@ -66,9 +79,28 @@ class FastTower:
         self.route = Route(tower, self)
 
     def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
-        if self.graphed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.graphed is None or torch.compiler.is_compiling():
             return self.run(*args, **kwargs)
-        return self.graphed(*args, key=(program(self.state), _modes(self.tower)), **kwargs)
+        for stack in self.stacks:
+            stack.ready()
+        if self.differs(args, kwargs):
+            return self.run(*args, **kwargs)
+        modes = any(m.training for m in self.modules)
+        with torch.no_grad():
+            return self.graphed(*args, key=(program(self.state), modes), **kwargs)
+
+    def slots(self) -> int:
+        """How many modules of the tower have adapters."""
+        return sum(SLOT in m._modules for m in (self.tower, *self.modules))
+
+    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a replay would not do what a call does: gradients, hooks, dropout that draws anew, other adapters."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules):
+            return True
+        if any(stack.fused.dropout for stack in self.stacks) or self.slots() != self.adapted:
+            return True
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*leaves, *self.tower.parameters()))
 
 
 def program(state: Any) -> Any:
@@ -76,21 +108,20 @@ def program(state: Any) -> Any:
     return None if state is None else (state.indexed or state.active, state.merged, state.bare)
 
 
-def _modes(tower: nn.Module) -> bool:
-    return any(m.training for m in tower.modules())
-
-
 def apply(
     model: nn.Module, compiled: Compiled, *, graphs: bool, backend: str = "inductor", devices: tuple[str, ...] = ("cuda",),
     fused: Collection[int] = (),
 ) -> None:  # fmt: skip
-    """Every tower of the model that is on one of `devices`, but those around a stack of ids `fused`."""
+    """Every tower of the model that is on one of `devices`; those around a stack of ids `fused` are captured only."""
     every = list(find(model))
-    found = [t for t in every if not any(id(m) in fused for m in t[1].modules())]
     if not every:
         raise Unsupported("no stack of transformer blocks outside of the decoders")
-    for path, tower, count in found:
+    for path, tower, count in every:
         part = f"tower {path or type(tower).__name__}"
+        inside = {id(m) for m in tower.modules()}
+        if inside & set(fused):
+            _capture(model, compiled, tower, part, [s for s in compiled.stacks if id(s.module) in inside], graphs)
+            continue
         kinds = {p.device.type for p in tower.parameters()}
         if not kinds <= set(devices):
             compiled.skip(part, f"{count} blocks on {', '.join(sorted(kinds))}: compiled and captured on a GPU only")
@@ -102,3 +133,17 @@ def apply(
             continue
         how = f"{count} blocks in one torch.compile graph" + ("; CUDA graphs without gradients" if graphs else "")
         compiled.add(part, how, fast.route.remove)
+
+
+def _capture(
+    model: nn.Module, compiled: Compiled, tower: nn.Module, part: str, stacks: list[FusedStack], graphs: bool
+) -> None:
+    """CUDA graphs of a tower whose blocks run fused; without a GPU there is nothing to add."""
+    if not graphs or tower is stacks[0].module:
+        return
+    try:
+        fast = FastTower(model, tower, backend=None, graphs=True, stacks=stacks)
+    except Unsupported as error:
+        compiled.skip(part, str(error))
+        return
+    compiled.add(part, "around the fused blocks; CUDA graphs where no gradient flows", fast.route.remove)
