@@ -2,7 +2,8 @@
 
 Pre-norm blocks without biases, as OpenFlamingo builds them: latents + attention(latents over [media; latents]), then
 latents + feed-forward, a final LayerNorm, and here Linear(d_v, d_l) to the LLM's width. The latents work in the
-encoder's width d_v; `MediaAttention` and `feed_forward` are shared with the gated cross-attention blocks.
+encoder's width d_v; `MediaAttention` and `feed_forward` are shared with the gated cross-attention blocks. The layers' norms of
+the media differ in gain and bias only, so all their keys and values come from one product (`shared_kv`).
 
 Paper: Alayrac et al., Flamingo, 2022.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mmpeft.connectors.attention import attend, join_masks
 from mmpeft.connectors.base import Connector, require_positive
+from mmpeft.connectors.shared_kv import normed_keys_and_values
 
 
 class MediaAttention(nn.Module):
@@ -26,8 +28,10 @@ class MediaAttention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        key, value = self.to_kv(context).chunk(2, dim=-1)
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, projected: Tensor | None = None) -> Tensor:
+        """`projected`: the context's keys and values [B, T, 2 D], where they are known already."""
+        both = self.to_kv(context) if projected is None else projected
+        key, value = both.chunk(2, dim=-1)
         out: Tensor = self.to_out(attend(self.to_q(x), key, value, heads=self.heads, mask=mask))
         return out
 
@@ -52,10 +56,15 @@ class PerceiverLayer(nn.Module):
         self.attention = MediaAttention(dim, dim, heads, head_dim)
         self.ffn = feed_forward(dim, ffn_multiple)
 
-    def forward(self, latents: Tensor, media: Tensor, mask: Tensor | None) -> Tensor:
-        media, x = self.norm_media(media), self.norm_latents(latents)
+    def forward(self, latents: Tensor, media: Tensor, mask: Tensor | None, projected: Tensor | None = None) -> Tensor:
+        """`projected`: keys and values [B, T, 2 D'] of the normed media, where they are known already."""
+        x = self.norm_latents(latents)
         both = join_masks((media, mask), (x, None))
-        latents = latents + self.attention(x, torch.cat([media, x], dim=1), both)
+        if projected is None:
+            seen, known = torch.cat([self.norm_media(media), x], dim=1), None
+        else:
+            seen, known = x, torch.cat([projected, self.attention.to_kv(x)], dim=1)
+        latents = latents + self.attention(x, seen, both, known)
         out: Tensor = latents + self.ffn(latents)
         return out
 
@@ -112,7 +121,11 @@ class PerceiverResampler(Connector):
 
     def connect(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         latents = self.latents.to(tokens.dtype).expand(len(tokens), -1, -1)
-        for layer in self.layers:
-            latents = layer(latents, tokens, mask)
+        readers = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PerceiverLayer)}
+        norms, linears = [m.norm_media for m in readers.values()], [m.attention.to_kv for m in readers.values()]
+        found = normed_keys_and_values(tokens, norms, linears)
+        projected = {} if found is None else dict(zip(readers, found, strict=True))
+        for i, layer in enumerate(self.layers):
+            latents = layer(latents, tokens, mask, projected.get(i))
         valid = None if mask is None else mask.any(1, keepdim=True).expand(-1, self.num_latents)
         return self.project(self.norm(latents)), valid

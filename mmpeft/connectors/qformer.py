@@ -3,7 +3,7 @@
 `QFormerCore` is the transformer itself: post-norm BERT layers in which queries (and, for InstructBLIP, instruction
 tokens) attend to each other, every other layer lets the queries cross-attend to the media, and queries and text have
 feed-forward networks of their own. BLIP-2's second stage drops the text branch (105.2 M are left, queries included);
-`text_vocab` keeps it. `QFormer` is the connector around it: `ln_vision` before, Linear(width, d_l) after.
+`text_vocab` keeps it. All layers' keys and values of the media come from one product (`shared_kv`). `QFormer` is the connector around it: `ln_vision` before, Linear(width, d_l) after.
 
 Published weights (transformers' and LAVIS') load with `mmpeft.connectors.load_qformer`.
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmpeft.connectors.attention import attend, join_masks
 from mmpeft.connectors.base import Connector, check_mask, require_heads, require_positive
+from mmpeft.connectors.shared_kv import keys_and_values
 from mmpeft.errors import ConfigError
 
 NORM_EPS = 1e-12  # BERT's
@@ -36,9 +37,13 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None, projected: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`projected`: the context's keys and values [B, T, D], where they are known already."""
         p = self.dropout.p if self.training else 0.0
-        out = attend(self.query(x), self.key(context), self.value(context), heads=self.heads, mask=mask, dropout=p)
+        key, value = (self.key(context), self.value(context)) if projected is None else projected
+        out = attend(self.query(x), key, value, heads=self.heads, mask=mask, dropout=p)
         result: Tensor = self.norm(x + self.dropout(self.dense(out)))
         return result
 
@@ -71,12 +76,13 @@ class QFormerLayer(nn.Module):
         self.text_ffn = FeedForward(width, hidden_dim, dropout) if text else None
 
     def forward(
-        self, x: Tensor, num_queries: int, mask: Tensor | None, media: Tensor, media_mask: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, num_queries: int, mask: Tensor | None, media: Tensor, media_mask: Tensor | None,
+        projected: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         x = self.attention(x, x, mask)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if self.cross_attention is not None:
-            queries = self.cross_attention(queries, media, media_mask)
+            queries = self.cross_attention(queries, media, media_mask, projected)
         queries = self.query_ffn(queries)
         return queries if self.text_ffn is None else torch.cat([queries, self.text_ffn(text)], dim=1)
 
@@ -144,8 +150,12 @@ class QFormerCore(nn.Module):
             x = torch.cat([queries, text], dim=1)
             mask = join_masks((queries, None), (text, instruction_mask))
         x = self.dropout(self.norm(x))
-        for layer in self.layers:
-            x = layer(x, num_queries, mask, media, media_mask)
+        readers = {i: layer.cross_attention for i, layer in enumerate(self.layers) if isinstance(layer, QFormerLayer)}
+        cross = {i: attention for i, attention in readers.items() if attention is not None}
+        found = keys_and_values(media, [m for a in cross.values() for m in (a.key, a.value)])
+        projected = {} if found is None else dict(zip(cross, zip(found[::2], found[1::2], strict=True), strict=True))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, num_queries, mask, media, media_mask, projected.get(i))
         return x[:, :num_queries]
 
 
