@@ -127,13 +127,6 @@ def load_errors(name: str, place: str | Path) -> Iterator[None]:
         ) from error
 
 
-def hub_cache() -> str:
-    """The folder in which huggingface_hub keeps its downloads."""
-    from huggingface_hub import constants
-
-    return str(constants.HF_HUB_CACHE)
-
-
 def _pickled_message(path: Path) -> str:
     return (
         f"{str(path)!r} is a pickle, which can run any code when opened, and is refused. If you trust it, convert it "

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.encoders.base import Modality
-from mmpeft.encoders.files import check_weights, hub_cache, identify_folder, load_errors, read_weights
+from mmpeft.encoders.files import check_weights, identify_folder, read_weights
+from mmpeft.encoders.hub import reading
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import Options
 from mmpeft.errors import FileFormatError, NameNotFound, Unsupported, require
@@ -51,7 +52,7 @@ def locate(name: Name) -> str | Path:
 def loading(name: Name) -> AbstractContextManager[None]:
     """Around a transformers load: a failure is worded by where the model should have come from."""
     place = locate(name)
-    return load_errors(name.text, place if isinstance(place, Path) else hub_cache())
+    return reading(name.text, place if isinstance(place, Path) else None)
 
 
 def read_config(name: Name, revision: str | None) -> Any:

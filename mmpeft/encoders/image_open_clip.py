@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmpeft.encoders.base import freeze
-from mmpeft.encoders.files import PICKLED, check_weights, hub_cache, identify_folder, load_errors, read_weights
+from mmpeft.encoders.files import PICKLED, check_weights, identify_folder, read_weights
+from mmpeft.encoders.hub import reading
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
 from mmpeft.encoders.names import Name
@@ -97,8 +98,7 @@ def build(open_clip: Any, name: Name, options: Options, **create: Any) -> Any:
         read_weights(options.weights)  # refuses a pickle or a damaged file
         pretrained = options.weights
     local_random = name.random or (options.weights is not None and ":" in source)
-    where: str | Path = Path(options.weights) if options.weights else place or hub_cache()
-    with load_errors(name.text, where):
+    with reading(name.text, Path(options.weights) if options.weights else place):
         model = open_clip.create_model(
             source, pretrained=pretrained, load_weights=not local_random, pretrained_text=False, **create
         )

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.encoders.base import freeze
-from mmpeft.encoders.files import check_weights, hub_cache, identify_folder, load_errors, load_strict, read_weights
+from mmpeft.encoders.files import check_weights, identify_folder, load_strict, read_weights
+from mmpeft.encoders.hub import reading
 from mmpeft.encoders.image import ImageEncoder
 from mmpeft.encoders.image_preprocess import ImagePreprocess, square_transform
 from mmpeft.encoders.names import Name
@@ -88,7 +89,7 @@ def _create(timm: Any, name: Name, options: ImageOptions) -> Any:
     else:
         if folder is not None:
             check_weights(folder)
-        with load_errors(name.text, folder or hub_cache()):
+        with reading(name.text, folder):
             model = timm.create_model(architecture, pretrained=True)
     if options.weights is not None:
         load_strict(model, read_weights(options.weights), options.weights)

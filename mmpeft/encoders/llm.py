@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mmpeft.encoders.base import log
-from mmpeft.encoders.files import cache_folder, check_weights, hub_cache, identify_folder, load_errors, read_json
+from mmpeft.encoders.files import cache_folder, check_weights, identify_folder, read_json
+from mmpeft.encoders.hub import reading
 from mmpeft.encoders.options import as_dtype
 from mmpeft.encoders.packages import find_package
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, nearest, require
@@ -78,7 +79,7 @@ def load_llm(
             raise ConfigError("a model made from a configuration has no tokenizer of its own: give tokenizer=")
         options["dtype"] = dtype or torch.float32
         return LLM(cast(Any, _random_model(folder, options)).eval(), tokenizer, text)
-    with load_errors(text, folder if isinstance(folder, Path) else hub_cache()):
+    with reading(text, folder if isinstance(folder, Path) else None):
         model: Any = _model(folder, random, options, revision)
         loaded = tokenizer or _tokenizer(folder, revision)
     if loaded.pad_token is None:

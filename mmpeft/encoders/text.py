@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.encoders.base import Encoder, freeze, resolve_layer
-from mmpeft.encoders.files import hub_cache, load_errors
 from mmpeft.encoders.hf import cut_blocks, load_backbone, loading, locate, output_of
+from mmpeft.encoders.hub import reading
 from mmpeft.encoders.image_open_clip import build
 from mmpeft.encoders.names import Name
 from mmpeft.encoders.options import TextOptions
@@ -189,7 +189,7 @@ def load_open_clip_text(name: Name, options: TextOptions) -> OpenClipText:
         raise Unsupported(f"the text tower of {name.text!r} is a transformers model; load it by its own name, 'hf:...'")
     source = name.rest.partition("/")[0] if not Path(name.rest).is_dir() else f"local-dir:{name.rest}"
     source = name.rest if name.rest.startswith(("hf-hub:", "local-dir:")) else source
-    with load_errors(name.text, hub_cache()):
+    with reading(name.text, None):
         tokenizer = open_clip.get_tokenizer(source, context_length=tower.context_length)
     causal = tower.attn_mask is not None and tower.pool_type in ("argmax", "eos")
     end = getattr(tokenizer, "eot_token_id", None) if causal else None

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,57 +35,87 @@ def test_single(fit, small_llm, workplace):
     assert loss(run, samples, reloaded("runs/quickstart/adapter")) == loss(run, samples)
 
 
-def launch(*args, devices):
-    """`mmpeft fit` as a program, whose processes find each other as Lightning starts them."""
+STRATEGIES = {"ddp": "quickstart", "fsdp2": "sharded"}  # file under examples/ -> folder of its adapter under runs/
+EXAMPLES = ("--config", "examples/vqa_digits.yaml", "--config", "examples/strategy_{}.yaml")
+PLAIN = ("--trainer.accelerator=cpu", "--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false")
+
+
+def launch(name, folder, *options):
+    """`mmpeft fit` as a program of two processes, which find each other as Lightning starts them; what it said."""
+    (folder / "examples").symlink_to(ROOT / "examples")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mmpeft", "fit", *args, f"--trainer.devices={devices}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "mmpeft", "fit", *(part.format(name) for part in EXAMPLES), *SIZES, *PLAIN]
+    command += ["--trainer.devices=2", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "folder"), [("ddp", "quickstart"), ("fsdp2", "sharded")])
-def test_two_processes_go_on_from_a_checkpoint(small_llm, workplace, name, folder):
-    """An epoch, then a second one in new processes from Lightning's checkpoint: the adapter moves on from where it was."""
-    options = [f"{LLM}={small_llm}", *SIZES, "--trainer.accelerator=cpu"]
-    options += ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]
-    configs = ("--config", "examples/vqa_digits.yaml", "--config", f"examples/strategy_{name}.yaml")
-    saved = workplace / "runs" / folder / "adapter"
-    launch(*configs, *options, "--trainer.max_epochs=1", devices=2)
-    steps, before = mmpeft.read_metadata(saved)["step"], load_file(saved / "adapter.safetensors")
-    (checkpoint,) = (workplace / "runs/quickstart/logs/checkpoints").glob(f"*step={steps}.ckpt")
-    kept = torch.load(checkpoint, weights_only=False)
-    assert kept["mmpeft"]["total_steps"] == steps and len(kept["state_dict"]) == len(before)
-    said = launch(*configs, *options, "--trainer.max_epochs=2", "--ckpt_path", str(checkpoint), devices=2)
-    after = load_file(saved / "adapter.safetensors")
-    assert "Restored all states" in said and mmpeft.read_metadata(saved)["step"] == 2 * steps
-    change = torch.cat([(after[key] - value).abs().flatten() for key, value in before.items()])
-    assert 0 < float(change.max()) < 1e-2  # the schedule had ended; weights made anew would differ by far more
+def launch_each(make_folder, options):
+    """Every strategy at once, since a launch mostly imports, one process after the other: name -> (folder, what it said)."""
+    folders = {name: make_folder(name) for name in STRATEGIES}
+    with ThreadPoolExecutor() as pool:
+        said = {name: pool.submit(launch, name, folder, *options(name)) for name, folder in folders.items()}
+        return {name: (folder, said[name].result()) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(small_llm, tmp_path_factory):
+    """An epoch."""
+    return launch_each(tmp_path_factory.mktemp, lambda name: (f"{LLM}={small_llm}", "--trainer.max_epochs=1"))
+
+
+@pytest.fixture(scope="module")
+def resumed(small_llm, trained, tmp_path_factory):
+    """A second epoch in new processes and a new folder, from the checkpoint of the first."""
+
+    def options(name):
+        (checkpoint,) = (trained[name][0] / "runs/quickstart/logs/checkpoints").glob("*.ckpt")
+        return f"{LLM}={small_llm}", "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"
+
+    return launch_each(tmp_path_factory.mktemp, options)
+
+
+def adapter(launched, name):
+    """Folder of the saved adapter, its step and its tensors."""
+    folder = launched[name][0] / "runs" / STRATEGIES[name] / "adapter"
+    return folder, mmpeft.read_metadata(folder)["step"], load_file(folder / "adapter.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes(small_llm, workplace):
+def test_two_processes(trained):
     """DDP and FSDP2 on the CPU: the same training, to rounding, and a process of its own answers as the trainer did."""
-    options = [f"{LLM}={small_llm}", *SIZES, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    options += ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]
     batch_size = yaml.safe_load((ROOT / "examples" / "vqa_digits.yaml").read_text())["data"]["init_args"]["batch_size"]
     weights = []
-    for name, folder in (("ddp", "quickstart"), ("fsdp2", "sharded")):
-        configs = ("--config", "examples/vqa_digits.yaml", "--config", f"examples/strategy_{name}.yaml")
-        assert "MEMBER: 2/2" in launch(*configs, *options, devices=2)
-        metadata = mmpeft.read_metadata(f"runs/{folder}/adapter")
-        assert metadata["step"] == -(-QUESTIONS // (2 * batch_size))  # a batch for each process and step
-        weights.append(load_file(f"runs/{folder}/adapter/adapter.safetensors"))
+    for name in STRATEGIES:
+        assert "MEMBER: 2/2" in trained[name][1]
+        _, step, tensors = adapter(trained, name)
+        assert step == -(-QUESTIONS // (2 * batch_size))  # a batch for each process and step
+        weights.append(tensors)
     ddp, fsdp2 = weights
     assert ddp.keys() == fsdp2.keys()
     differing = torch.cat([((fsdp2[key] - value).abs() > 1e-5).flatten() for key, value in ddp.items()])
     assert float(differing.float().mean()) < 1e-2  # AdamW's first steps are signs: rounding may turn a few
-    answers = json.loads((workplace / "runs" / "quickstart" / "answers.json").read_text())
+    place = trained["ddp"][0] / "runs" / "quickstart"
+    answers = json.loads((place / "answers.json").read_text())
     held_out = DigitsVQA("test", size=12)
     asked = [held_out[i]["messages"] for i in range(12)]
-    model = reloaded("runs/quickstart/adapter")
+    model = reloaded(place / "adapter")
     assert model.generate(asked, max_new_tokens=4) == [row["answer"] for row in answers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_go_on_from_a_checkpoint(trained, resumed, name):
+    """The adapter moves on from where it was."""
+    _, steps, before = adapter(trained, name)
+    (checkpoint,) = (trained[name][0] / "runs/quickstart/logs/checkpoints").glob(f"*step={steps}.ckpt")
+    kept = torch.load(checkpoint, weights_only=False)
+    assert kept["mmpeft"]["total_steps"] == steps and len(kept["state_dict"]) == len(before)
+    _, steps_after, after = adapter(resumed, name)
+    assert "Restored all states" in resumed[name][1] and steps_after == 2 * steps
+    change = torch.cat([(after[key] - value).abs().flatten() for key, value in before.items()])
+    assert 0 < float(change.max()) < 1e-2  # the schedule had ended; weights made anew would differ by far more
 
 
 def parsed(*configs, options=()):
