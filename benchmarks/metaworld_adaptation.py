@@ -22,13 +22,11 @@ from benchmarks.metaworld_rows import (
     RESULTS,
     RUNS,
     Row,
-    arguments,
     clone,
     evaluate,
     pooled,
-    read,
+    program,
     rules,
-    run,
     scores,
     sizes,
     train,
@@ -145,14 +143,5 @@ def share(lines: list[dict[str, Any]], key: str) -> float | None:
     return sum(w for w, _ in found) / sum(n for _, n in found) if found else None
 
 
-def main() -> None:
-    given = arguments(__doc__).parse_args()
-    out = given.out or OUT
-    if not given.table:
-        chosen = [r for r in rows() if (not given.only or given.only in r.name) and (r.seed == 1 or not given.tiny)]
-        run(chosen, out, processes=given.processes, work=adapt, tiny=given.tiny)
-    print(table(read(out)))
-
-
 if __name__ == "__main__":
-    main()
+    program(__doc__, rows(), OUT, work=adapt, table=table)

@@ -17,15 +17,13 @@ from benchmarks.metaworld_rows import (
     RUNS,
     WHOLE,
     Row,
-    arguments,
     env_of,
     evaluate,
     make_policy,
     paired,
     plans,
     pooled,
-    read,
-    run,
+    program,
     scores,
     simulators,
     sizes,
@@ -105,15 +103,5 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    given = parser.parse_args()
-    out = given.out or OUT
-    if not given.table:
-        chosen = [r for r in rows() if (not given.only or given.only in r.name) and (r.seed == 1 or not given.tiny)]
-        run(chosen, out, processes=given.processes, work=clone, tiny=given.tiny)
-    print(table(read(out)))
-
-
 if __name__ == "__main__":
-    main()
+    program(__doc__, rows(), OUT, work=clone, table=table)

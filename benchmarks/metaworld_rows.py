@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -299,6 +299,19 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--table", action="store_true", help="print the table of what has been run, run nothing")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU: does everything run?")
     return parser
+
+
+def program(
+    text: str | None, rows: Iterable[Row], default: Path, *, work: Callable[[Row], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:  # fmt: skip
+    """A table's command line: run its rows with `work`, unless told not to, and print the table."""
+    given = arguments(text).parse_args()
+    out = given.out or default
+    if not given.table:
+        chosen = [r for r in rows if (not given.only or given.only in r.name) and (r.seed == 1 or not given.tiny)]
+        run(chosen, out, processes=given.processes, work=work, tiny=given.tiny)
+    print(table(read(out)))
 
 
 def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:

@@ -12,10 +12,7 @@ holds the numbers, the curve lies beside it as CSV, and `runs/ppo/<task>` is the
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,8 @@ import mmpeft
 from mmpeft.data.demos import Demonstrations
 from mmpeft.policies import GaussianHead, MLPTrunk, Policy, collect, make_env, ppo, rollout
 from mmpeft.policies.cloning import Memory, as_base, clone
+from mmpeft.policies.ppo_loop import PPOResult
+from mmpeft.policies.ppo_trial import before_and_after, print_row
 from mmpeft.policies.rollout_result import RolloutResult
 
 PLAN = {"trunk.{state,mlp}.**": mmpeft.LoRA(rank=16), "head.**": mmpeft.LoRA(rank=4)}
@@ -84,31 +83,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         seeds = range(70_000, 70_000 + given.episodes)
         return rollout(policy, env=task, seeds=seeds, options={**options, "views": ()}, num_envs=1)
 
-    before = evaluate()
-    print(f"clone   {before.success:.2f} ({before.interval[0]:.2f} to {before.interval[1]:.2f})", flush=True)
-    found = ppo(
-        policy, env=task, options=options, plan=PLAN, total_steps=given.total_steps, reward=given.reward,
-        reward_scale=0.02 if given.reward == "env" else 1.0,
-        num_envs=given.num_envs, execute=given.execute, decisions=given.decisions, gamma=given.gamma, lr=given.lr, epochs=10, minibatches=16, kl=0.01,
-        step_kl=0.05, min_std=given.min_std, value_warmup=2, seed=given.seed, folder=folder / given.task,
-        report=lambda r: print(" ".join(f"{k} {v:.4g}" for k, v in r.items()), flush=True),
-    )  # fmt: skip
-    after = evaluate()
-    test = after.compare(before)
-    print(f"PPO     {after.success:.2f} ({after.interval[0]:.2f} to {after.interval[1]:.2f}), p = {test.p_value:.2g}")
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "device": f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}", "torch": torch.__version__,
-        "arguments": vars(given), "clone": before.success, "clone_interval": before.interval, "ppo": after.success,
-        "ppo_interval": after.interval, "episodes": given.episodes, "only_ppo": test.only_a, "only_clone": test.only_b,
-        "p_value": test.p_value, "steps": found.steps, "seconds": round(time.perf_counter() - began),
-    }  # fmt: skip
-    if given.output:
-        path = Path(given.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        found.save_curve(path.with_suffix(".csv"))
-    return result
+    def practise() -> PPOResult:
+        return ppo(
+            policy, env=task, options=options, plan=PLAN, total_steps=given.total_steps, reward=given.reward,
+            reward_scale=0.02 if given.reward == "env" else 1.0, num_envs=given.num_envs, execute=given.execute,
+            decisions=given.decisions, gamma=given.gamma, lr=given.lr, epochs=10, minibatches=16, kl=0.01, step_kl=0.05,
+            min_std=given.min_std, value_warmup=2, seed=given.seed, folder=folder / given.task, report=print_row,
+        )  # fmt: skip
+
+    return before_and_after(evaluate, practise, arguments=vars(given), began=began, output=given.output)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ Clone and result are evaluated on the same fresh seeds, greedily, and compared b
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ import torch
 import mmpeft
 from mmpeft.policies import DiscreteHead, MLPTrunk, Policy, make_env, ppo, rollout
 from mmpeft.policies.cloning import Memory, as_base, clone
+from mmpeft.policies.ppo_loop import PPOResult
+from mmpeft.policies.ppo_trial import before_and_after, print_row
 from mmpeft.policies.rollout_result import RolloutResult
 
 PLAN = {"trunk.{state,mlp}.**": mmpeft.LoRA(rank=8), "head.**": mmpeft.LoRA(rank=4)}
@@ -88,30 +87,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     def evaluate() -> RolloutResult:
         return rollout(policy, env=name, seeds=range(70_000, 70_000 + given.episodes), options=options, num_envs=1)
 
-    before = evaluate()
-    print(f"clone   {before.success:.2f} ({before.interval[0]:.2f} to {before.interval[1]:.2f})", flush=True)
-    found = ppo(
-        policy, env=name, options=options, plan=PLAN, total_steps=given.total_steps, num_envs=16, decisions=64,
-        epochs=4, minibatches=8, lr=1e-3, entropy=0.01, value_warmup=1, seed=given.seed,
-        folder=Path(given.folder) / given.level,
-        report=lambda r: print(" ".join(f"{k} {v:.4g}" for k, v in r.items()), flush=True),
-    )  # fmt: skip
-    after = evaluate()
-    test = after.compare(before)
-    print(f"PPO     {after.success:.2f} ({after.interval[0]:.2f} to {after.interval[1]:.2f}), p = {test.p_value:.2g}")
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "device": f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}", "torch": torch.__version__,
-        "arguments": vars(given), "clone": before.success, "clone_interval": before.interval, "ppo": after.success,
-        "ppo_interval": after.interval, "episodes": given.episodes, "only_ppo": test.only_a, "only_clone": test.only_b,
-        "p_value": test.p_value, "steps": found.steps, "seconds": round(time.perf_counter() - began),
-    }  # fmt: skip
-    if given.output:
-        path = Path(given.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        found.save_curve(path.with_suffix(".csv"))
-    return result
+    def practise() -> PPOResult:
+        return ppo(
+            policy, env=name, options=options, plan=PLAN, total_steps=given.total_steps, num_envs=16, decisions=64,
+            epochs=4, minibatches=8, lr=1e-3, entropy=0.01, value_warmup=1, seed=given.seed,
+            folder=Path(given.folder) / given.level, report=print_row,
+        )  # fmt: skip
+
+    return before_and_after(evaluate, practise, arguments=vars(given), began=began, output=given.output)
 
 
 if __name__ == "__main__":

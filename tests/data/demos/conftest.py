@@ -1,10 +1,8 @@
 """Three recorded tasks, shared by the tests of this folder, and the OpenGL library that draws them."""
 
-import os
-
 import pytest
 
-os.environ.setdefault("LP_NUM_THREADS", "1")
+from tests.drawing import gl as gl
 
 
 @pytest.fixture(scope="session")
@@ -18,14 +16,3 @@ def recorded(tmp_path_factory):
     collect("metaworld:reach-v3", episodes=2, folder=root / "reach", extra_steps=0)
     collect("metaworld:coffee-button-v3", episodes=1, folder=root / "button", extra_steps=0)
     return root
-
-
-@pytest.fixture(scope="session")
-def gl():
-    """The OpenGL back end; tests that draw are skipped by its reason where there is none."""
-    pytest.importorskip("metaworld", reason="metaworld is not installed (pip install 'mmpeft[robot]')")
-    from mmpeft.policies.envs.gl import choose_gl, why_no_gl
-
-    if reason := why_no_gl():
-        pytest.skip(reason)
-    return choose_gl()
