@@ -1,100 +1,227 @@
-"""The adapter engine: sites, plans, attaching, switching, merging, files; and the methods, one file a family."""
+"""The adapter engine: sites, plans, attaching, switching, merging, files; and the methods, one file a family.
 
-from mmpeft.adapters.attach import attach, bare, detach
-from mmpeft.adapters.inspect import Inspection, inspect
-from mmpeft.adapters.method import Delta, Factors, Method
-from mmpeft.adapters.methods.activation import RED, SSF, HeadScaling, LoFiT, Propulsion, lofit_plan
-from mmpeft.adapters.methods.attention import DRA, AttnScale, AttnScaleLite
-from mmpeft.adapters.methods.blocks import GraLoRA, MiSS
-from mmpeft.adapters.methods.bottleneck import AdaptFormer, Bottleneck
-from mmpeft.adapters.methods.circulant import C3A, SURM, FourierFT
-from mmpeft.adapters.methods.conv_adapter import ConvAdapter
-from mmpeft.adapters.methods.density import AdaDEFT, Density, LayerDrop, layer_l1
-from mmpeft.adapters.methods.diff_pruning import DiffGates, DiffPruning
-from mmpeft.adapters.methods.dynamic_rank import AdaLoRA, AutoLoRA, CapaBoost, DyLoRA, IncreLoRA, SoRA
-from mmpeft.adapters.methods.fact import FacTTK, FacTTT
-from mmpeft.adapters.methods.flop import FLOP, FLOPGates
-from mmpeft.adapters.methods.full_tuning import HiWi, Mixout, draw_mixout, r3f
-from mmpeft.adapters.methods.hadamard import HiRA, LoHa
-from mmpeft.adapters.methods.krona_adapter import KronAB, KronARes
-from mmpeft.adapters.methods.kronecker import KAdaptation, KronA, LoKr
-from mmpeft.adapters.methods.lora import DoRA, LoRA, LoRAPlus, VeRA
-from mmpeft.adapters.methods.lora_kin import (
-    DeLoRA,
-    DeltaLoRA,
-    KernelMix,
-    LoRAFA,
-    LoRAXS,
-    MoSLoRA,
-    RandLoRA,
-    RoseLoRA,
-    begin_delta_lora,
-)
-from mmpeft.adapters.methods.lora_noise import (
-    LoRADropout,
-    Masks,
-    PeriodicLoRA,
-    mask_ensemble,
-    orthogonal_penalty,
-    unload,
-)
-from mmpeft.adapters.methods.lora_prune import LoRAPrune, LoRAPruner, drop_below, layer_of
-from mmpeft.adapters.methods.masks import APT, StructuredMask, mask_l1
-from mmpeft.adapters.methods.orthogonal import BOFT, HRA, OFT
-from mmpeft.adapters.methods.pedro import PEDRO, prompt_mask
-from mmpeft.adapters.methods.phm import Compacter, PHMAdapter
-from mmpeft.adapters.methods.prefix import ETT, Prefix, PrefixTuning, fit_ett
-from mmpeft.adapters.methods.quantised import LRQAT, PEQA, QALoRA, merge_qalora
-from mmpeft.adapters.methods.relora import Jagged, ReLoRA, restart
-from mmpeft.adapters.methods.scaling import IA3
-from mmpeft.adapters.methods.selective import BitFit, Full, LayerNormTuning, RoCoFT
-from mmpeft.adapters.methods.sparse import LTSFT, ChildTuningD, FishMask, PaFi, SHiRA, Sparse, UBitFit, attach_selected
-from mmpeft.adapters.methods.sparse_kin import SHPEFT, DnA, SecondOrderMask
-from mmpeft.adapters.methods.sparse_rows import FAR, NEFT, SparseRows
-from mmpeft.adapters.methods.spiel import SpIEL, SpIELMA, spiel_ma_step, spiel_step
-from mmpeft.adapters.methods.steering import ITI, RepE, fit_iti, fit_repe, set_strength
-from mmpeft.adapters.methods.subspace import DID, SAID
-from mmpeft.adapters.methods.tokens import VPT, PromptTuning
-from mmpeft.adapters.methods.xpeft import XPEFT
-from mmpeft.adapters.plan import Plan, Rule
-from mmpeft.adapters.selection.apt import APTController, apt_distill
-from mmpeft.adapters.selection.autolora import AutoLoRASearch
-from mmpeft.adapters.selection.compact import compact, drop_sites, plain_prefixes, prune_channels
-from mmpeft.adapters.selection.ird import fish_ird
-from mmpeft.adapters.selection.laplace import Laplace
-from mmpeft.adapters.selection.layers import LayerSampler
-from mmpeft.adapters.selection.light_peft import module_ratios, prune_masks, prune_modules
-from mmpeft.adapters.selection.lora_shear import LHSPG, kept_groups, shear_plan
-from mmpeft.adapters.selection.placement import cross_attention_plan, place, spt_plan
-from mmpeft.adapters.selection.prune_adapter import EntryMask, prune_entries, prune_units
-from mmpeft.adapters.selection.rank import Constant, Cubic, RankController
-from mmpeft.adapters.selection.rank_policies import Budget, Growth, Proximal, Sampled, set_rank
-from mmpeft.adapters.selection.sm3 import SM3
-from mmpeft.adapters.selection.sparsify import ChildMask, RosePruner, TopGradient, WorstSamples
-from mmpeft.adapters.selection.structures import Structure, cut, prune_structures, score_structures, structures
-from mmpeft.adapters.selection.transfer import TransLoRA, distil_loss
-from mmpeft.adapters.stack import stack, unstack
-from mmpeft.adapters.storage.integer import FP8, Int
-from mmpeft.adapters.storage.nf4 import NF4
-from mmpeft.adapters.storage.packed_weight import PackedWeight
-from mmpeft.adapters.storage.quantise import (
-    dequantise,
-    load_bitsandbytes,
-    load_packed,
-    loftq,
-    packed_bytes,
-    plan_bits,
-    quantise,
-    save_packed,
-)
-from mmpeft.adapters.store import load, read_metadata, save
-from mmpeft.adapters.switch import (
-    active,
-    check_distributed,
-    merge,
-    parameter_groups,
-    trainable,
-    trainable_names,
-    unmerge,
-    use,
-)
+This is the one list of what mmpeft gives of them: `from mmpeft import LoRA` is a name of this page. `X as X` says so to type
+checkers, which take no other import for a part of the interface.
+"""
+
+import types
+import typing
+
+from mmpeft.adapters.attach import attach as attach
+from mmpeft.adapters.attach import bare as bare
+from mmpeft.adapters.attach import detach as detach
+from mmpeft.adapters.inspect import Inspection as Inspection
+from mmpeft.adapters.inspect import inspect as inspect
+from mmpeft.adapters.method import Delta as Delta
+from mmpeft.adapters.method import Factors as Factors
+from mmpeft.adapters.method import Method as Method
+from mmpeft.adapters.methods.activation import RED as RED
+from mmpeft.adapters.methods.activation import SSF as SSF
+from mmpeft.adapters.methods.activation import HeadScaling as HeadScaling
+from mmpeft.adapters.methods.activation import LoFiT as LoFiT
+from mmpeft.adapters.methods.activation import Propulsion as Propulsion
+from mmpeft.adapters.methods.activation import lofit_plan as lofit_plan
+from mmpeft.adapters.methods.attention import DRA as DRA
+from mmpeft.adapters.methods.attention import AttnScale as AttnScale
+from mmpeft.adapters.methods.attention import AttnScaleLite as AttnScaleLite
+from mmpeft.adapters.methods.blocks import GraLoRA as GraLoRA
+from mmpeft.adapters.methods.blocks import MiSS as MiSS
+from mmpeft.adapters.methods.bottleneck import AdaptFormer as AdaptFormer
+from mmpeft.adapters.methods.bottleneck import Bottleneck as Bottleneck
+from mmpeft.adapters.methods.circulant import C3A as C3A
+from mmpeft.adapters.methods.circulant import SURM as SURM
+from mmpeft.adapters.methods.circulant import FourierFT as FourierFT
+from mmpeft.adapters.methods.conv_adapter import ConvAdapter as ConvAdapter
+from mmpeft.adapters.methods.density import AdaDEFT as AdaDEFT
+from mmpeft.adapters.methods.density import Density as Density
+from mmpeft.adapters.methods.density import LayerDrop as LayerDrop
+from mmpeft.adapters.methods.density import layer_l1 as layer_l1
+from mmpeft.adapters.methods.diff_pruning import DiffGates as DiffGates
+from mmpeft.adapters.methods.diff_pruning import DiffPruning as DiffPruning
+from mmpeft.adapters.methods.dynamic_rank import AdaLoRA as AdaLoRA
+from mmpeft.adapters.methods.dynamic_rank import AutoLoRA as AutoLoRA
+from mmpeft.adapters.methods.dynamic_rank import CapaBoost as CapaBoost
+from mmpeft.adapters.methods.dynamic_rank import DyLoRA as DyLoRA
+from mmpeft.adapters.methods.dynamic_rank import IncreLoRA as IncreLoRA
+from mmpeft.adapters.methods.dynamic_rank import SoRA as SoRA
+from mmpeft.adapters.methods.fact import FacTTK as FacTTK
+from mmpeft.adapters.methods.fact import FacTTT as FacTTT
+from mmpeft.adapters.methods.flop import FLOP as FLOP
+from mmpeft.adapters.methods.flop import FLOPGates as FLOPGates
+from mmpeft.adapters.methods.full_tuning import HiWi as HiWi
+from mmpeft.adapters.methods.full_tuning import Mixout as Mixout
+from mmpeft.adapters.methods.full_tuning import draw_mixout as draw_mixout
+from mmpeft.adapters.methods.full_tuning import one_off_drop as one_off_drop
+from mmpeft.adapters.methods.full_tuning import r3f as r3f
+from mmpeft.adapters.methods.hadamard import HiRA as HiRA
+from mmpeft.adapters.methods.hadamard import LoHa as LoHa
+from mmpeft.adapters.methods.krona_adapter import KronAB as KronAB
+from mmpeft.adapters.methods.krona_adapter import KronARes as KronARes
+from mmpeft.adapters.methods.kronecker import KAdaptation as KAdaptation
+from mmpeft.adapters.methods.kronecker import KronA as KronA
+from mmpeft.adapters.methods.kronecker import LoKr as LoKr
+from mmpeft.adapters.methods.lora import DoRA as DoRA
+from mmpeft.adapters.methods.lora import LoRA as LoRA
+from mmpeft.adapters.methods.lora import LoRAPlus as LoRAPlus
+from mmpeft.adapters.methods.lora import VeRA as VeRA
+from mmpeft.adapters.methods.lora_kin import DeLoRA as DeLoRA
+from mmpeft.adapters.methods.lora_kin import DeltaLoRA as DeltaLoRA
+from mmpeft.adapters.methods.lora_kin import KernelMix as KernelMix
+from mmpeft.adapters.methods.lora_kin import LoRAFA as LoRAFA
+from mmpeft.adapters.methods.lora_kin import LoRAXS as LoRAXS
+from mmpeft.adapters.methods.lora_kin import MoSLoRA as MoSLoRA
+from mmpeft.adapters.methods.lora_kin import RandLoRA as RandLoRA
+from mmpeft.adapters.methods.lora_kin import RoseLoRA as RoseLoRA
+from mmpeft.adapters.methods.lora_kin import begin_delta_lora as begin_delta_lora
+from mmpeft.adapters.methods.lora_noise import LoRADropout as LoRADropout
+from mmpeft.adapters.methods.lora_noise import Masks as Masks
+from mmpeft.adapters.methods.lora_noise import PeriodicLoRA as PeriodicLoRA
+from mmpeft.adapters.methods.lora_noise import Unloads as Unloads
+from mmpeft.adapters.methods.lora_noise import mask_ensemble as mask_ensemble
+from mmpeft.adapters.methods.lora_noise import orthogonal_penalty as orthogonal_penalty
+from mmpeft.adapters.methods.lora_noise import unload as unload
+from mmpeft.adapters.methods.lora_prune import AdapterDrop as AdapterDrop
+from mmpeft.adapters.methods.lora_prune import LoRAPrune as LoRAPrune
+from mmpeft.adapters.methods.lora_prune import LoRAPruner as LoRAPruner
+from mmpeft.adapters.methods.lora_prune import drop_below as drop_below
+from mmpeft.adapters.methods.lora_prune import layer_of as layer_of
+from mmpeft.adapters.methods.masks import APT as APT
+from mmpeft.adapters.methods.masks import StructuredMask as StructuredMask
+from mmpeft.adapters.methods.masks import mask_l1 as mask_l1
+from mmpeft.adapters.methods.orthogonal import BOFT as BOFT
+from mmpeft.adapters.methods.orthogonal import HRA as HRA
+from mmpeft.adapters.methods.orthogonal import OFT as OFT
+from mmpeft.adapters.methods.pedro import PEDRO as PEDRO
+from mmpeft.adapters.methods.pedro import prompt_mask as prompt_mask
+from mmpeft.adapters.methods.phm import Compacter as Compacter
+from mmpeft.adapters.methods.phm import PHMAdapter as PHMAdapter
+from mmpeft.adapters.methods.prefix import ETT as ETT
+from mmpeft.adapters.methods.prefix import Prefix as Prefix
+from mmpeft.adapters.methods.prefix import PrefixTuning as PrefixTuning
+from mmpeft.adapters.methods.prefix import fit_ett as fit_ett
+from mmpeft.adapters.methods.quantised import LRQAT as LRQAT
+from mmpeft.adapters.methods.quantised import PEQA as PEQA
+from mmpeft.adapters.methods.quantised import QALoRA as QALoRA
+from mmpeft.adapters.methods.quantised import merge_qalora as merge_qalora
+from mmpeft.adapters.methods.relora import Jagged as Jagged
+from mmpeft.adapters.methods.relora import ReLoRA as ReLoRA
+from mmpeft.adapters.methods.relora import Restarts as Restarts
+from mmpeft.adapters.methods.relora import restart as restart
+from mmpeft.adapters.methods.scaling import IA3 as IA3
+from mmpeft.adapters.methods.scaling import t_few_losses as t_few_losses
+from mmpeft.adapters.methods.selective import BitFit as BitFit
+from mmpeft.adapters.methods.selective import Full as Full
+from mmpeft.adapters.methods.selective import LayerNormTuning as LayerNormTuning
+from mmpeft.adapters.methods.selective import RoCoFT as RoCoFT
+from mmpeft.adapters.methods.sparse import LTSFT as LTSFT
+from mmpeft.adapters.methods.sparse import ChildTuningD as ChildTuningD
+from mmpeft.adapters.methods.sparse import FishMask as FishMask
+from mmpeft.adapters.methods.sparse import PaFi as PaFi
+from mmpeft.adapters.methods.sparse import SHiRA as SHiRA
+from mmpeft.adapters.methods.sparse import Sparse as Sparse
+from mmpeft.adapters.methods.sparse import UBitFit as UBitFit
+from mmpeft.adapters.methods.sparse import attach_selected as attach_selected
+from mmpeft.adapters.methods.sparse_kin import SHPEFT as SHPEFT
+from mmpeft.adapters.methods.sparse_kin import DnA as DnA
+from mmpeft.adapters.methods.sparse_kin import SecondOrderMask as SecondOrderMask
+from mmpeft.adapters.methods.sparse_rows import FAR as FAR
+from mmpeft.adapters.methods.sparse_rows import NEFT as NEFT
+from mmpeft.adapters.methods.sparse_rows import SparseRows as SparseRows
+from mmpeft.adapters.methods.spiel import SpIEL as SpIEL
+from mmpeft.adapters.methods.spiel import SpIELMA as SpIELMA
+from mmpeft.adapters.methods.spiel import SpIELMoves as SpIELMoves
+from mmpeft.adapters.methods.spiel import spiel_ma_step as spiel_ma_step
+from mmpeft.adapters.methods.spiel import spiel_step as spiel_step
+from mmpeft.adapters.methods.steering import ITI as ITI
+from mmpeft.adapters.methods.steering import RepE as RepE
+from mmpeft.adapters.methods.steering import fit_iti as fit_iti
+from mmpeft.adapters.methods.steering import fit_repe as fit_repe
+from mmpeft.adapters.methods.steering import set_strength as set_strength
+from mmpeft.adapters.methods.subspace import DID as DID
+from mmpeft.adapters.methods.subspace import SAID as SAID
+from mmpeft.adapters.methods.tokens import VPT as VPT
+from mmpeft.adapters.methods.tokens import PromptTuning as PromptTuning
+from mmpeft.adapters.methods.xpeft import XPEFT as XPEFT
+from mmpeft.adapters.plan import Plan as Plan
+from mmpeft.adapters.plan import Rule as Rule
+from mmpeft.adapters.selection.apt import APTController as APTController
+from mmpeft.adapters.selection.apt import apt_distill as apt_distill
+from mmpeft.adapters.selection.autolora import AutoLoRARanks as AutoLoRARanks
+from mmpeft.adapters.selection.autolora import AutoLoRASearch as AutoLoRASearch
+from mmpeft.adapters.selection.compact import compact as compact
+from mmpeft.adapters.selection.compact import drop_sites as drop_sites
+from mmpeft.adapters.selection.compact import plain_prefixes as plain_prefixes
+from mmpeft.adapters.selection.compact import prune_channels as prune_channels
+from mmpeft.adapters.selection.controller import Controller as Controller
+from mmpeft.adapters.selection.controller import Draws as Draws
+from mmpeft.adapters.selection.controller import Loop as Loop
+from mmpeft.adapters.selection.controller import Once as Once
+from mmpeft.adapters.selection.controller import Penalty as Penalty
+from mmpeft.adapters.selection.hold import Holding as Holding
+from mmpeft.adapters.selection.hold import PruneEntries as PruneEntries
+from mmpeft.adapters.selection.hold import PruneUnits as PruneUnits
+from mmpeft.adapters.selection.ird import fish_ird as fish_ird
+from mmpeft.adapters.selection.laplace import Laplace as Laplace
+from mmpeft.adapters.selection.layers import LayerSampler as LayerSampler
+from mmpeft.adapters.selection.light_peft import LightPEFT as LightPEFT
+from mmpeft.adapters.selection.light_peft import module_ratios as module_ratios
+from mmpeft.adapters.selection.light_peft import prune_masks as prune_masks
+from mmpeft.adapters.selection.light_peft import prune_modules as prune_modules
+from mmpeft.adapters.selection.lora_shear import LHSPG as LHSPG
+from mmpeft.adapters.selection.lora_shear import kept_groups as kept_groups
+from mmpeft.adapters.selection.lora_shear import shear_plan as shear_plan
+from mmpeft.adapters.selection.placement import cross_attention_plan as cross_attention_plan
+from mmpeft.adapters.selection.placement import place as place
+from mmpeft.adapters.selection.placement import spt_plan as spt_plan
+from mmpeft.adapters.selection.prune_adapter import EntryMask as EntryMask
+from mmpeft.adapters.selection.prune_adapter import prune_entries as prune_entries
+from mmpeft.adapters.selection.prune_adapter import prune_units as prune_units
+from mmpeft.adapters.selection.rank import Constant as Constant
+from mmpeft.adapters.selection.rank import Cubic as Cubic
+from mmpeft.adapters.selection.rank import RankController as RankController
+from mmpeft.adapters.selection.rank_policies import Budget as Budget
+from mmpeft.adapters.selection.rank_policies import Growth as Growth
+from mmpeft.adapters.selection.rank_policies import Proximal as Proximal
+from mmpeft.adapters.selection.rank_policies import Sampled as Sampled
+from mmpeft.adapters.selection.rank_policies import set_rank as set_rank
+from mmpeft.adapters.selection.sm3 import SM3 as SM3
+from mmpeft.adapters.selection.sparsify import ChildMask as ChildMask
+from mmpeft.adapters.selection.sparsify import RosePruner as RosePruner
+from mmpeft.adapters.selection.sparsify import TopGradient as TopGradient
+from mmpeft.adapters.selection.sparsify import WorstSamples as WorstSamples
+from mmpeft.adapters.selection.structures import Structure as Structure
+from mmpeft.adapters.selection.structures import cut as cut
+from mmpeft.adapters.selection.structures import prune_structures as prune_structures
+from mmpeft.adapters.selection.structures import score_structures as score_structures
+from mmpeft.adapters.selection.structures import structures as structures
+from mmpeft.adapters.selection.transfer import TransLoRA as TransLoRA
+from mmpeft.adapters.selection.transfer import distil_loss as distil_loss
+from mmpeft.adapters.stack import stack as stack
+from mmpeft.adapters.stack import unstack as unstack
+from mmpeft.adapters.storage.integer import BF16 as BF16
+from mmpeft.adapters.storage.integer import FP8 as FP8
+from mmpeft.adapters.storage.integer import Int as Int
+from mmpeft.adapters.storage.nf4 import NF4 as NF4
+from mmpeft.adapters.storage.packed_weight import PackedWeight as PackedWeight
+from mmpeft.adapters.storage.quantise import dequantise as dequantise
+from mmpeft.adapters.storage.quantise import load_bitsandbytes as load_bitsandbytes
+from mmpeft.adapters.storage.quantise import load_packed as load_packed
+from mmpeft.adapters.storage.quantise import loftq as loftq
+from mmpeft.adapters.storage.quantise import packed_bytes as packed_bytes
+from mmpeft.adapters.storage.quantise import plan_bits as plan_bits
+from mmpeft.adapters.storage.quantise import quantise as quantise
+from mmpeft.adapters.storage.quantise import save_packed as save_packed
+from mmpeft.adapters.store import load as load
+from mmpeft.adapters.store import read_metadata as read_metadata
+from mmpeft.adapters.store import save as save
+from mmpeft.adapters.switch import active as active
+from mmpeft.adapters.switch import check_distributed as check_distributed
+from mmpeft.adapters.switch import merge as merge
+from mmpeft.adapters.switch import parameter_groups as parameter_groups
+from mmpeft.adapters.switch import trainable as trainable
+from mmpeft.adapters.switch import trainable_names as trainable_names
+from mmpeft.adapters.switch import unmerge as unmerge
+from mmpeft.adapters.switch import use as use
+
+if not typing.TYPE_CHECKING:  # at run time the sub-modules stand among the names, and are no part of the list
+    __all__ = [name for name, x in vars().items() if not (name.startswith("_") or isinstance(x, types.ModuleType))]

@@ -84,6 +84,11 @@ def defer(model: nn.Module, name: str) -> None:
     hook.handle = model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def waiting(model: nn.Module) -> bool:
+    """Whether a proof waits for the first real batch."""
+    return any(isinstance(hook, _FirstBatch) for hook in model._forward_pre_hooks.values())
+
+
 def forget(model: nn.Module, names: Collection[str]) -> None:
     """Take back what `defer` waits for."""
     for hook in list(model._forward_pre_hooks.values()):

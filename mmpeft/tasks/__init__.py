@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from mmpeft.tasks.generation import GenerationTask as GenerationTask
     from mmpeft.tasks.ist import LayerSampling as LayerSampling
     from mmpeft.tasks.ivon import IVON as IVON
+    from mmpeft.tasks.ivon import PosteriorSamples as PosteriorSamples
     from mmpeft.tasks.mezo import MeZO as MeZO
     from mmpeft.tasks.question_report import QuestionReport as QuestionReport
     from mmpeft.tasks.rank import RankControl as RankControl
     from mmpeft.tasks.recadam import RecAdam as RecAdam
     from mmpeft.tasks.relora import ReLoRARestart as ReLoRARestart
+    from mmpeft.tasks.selected import AttachSelected as AttachSelected
+    from mmpeft.tasks.step_control import StepControl as StepControl
 
 _LAZY = {
     "ControlTask": ".control",
@@ -46,6 +49,9 @@ _LAZY = {
     "ConvergenceStop": ".convergence",
     "IVON": ".ivon",
     "MeZO": ".mezo",
+    "StepControl": ".step_control",
+    "AttachSelected": ".selected",
+    "PosteriorSamples": ".ivon",
     "RankControl": ".rank",
     "LayerSampling": ".ist",
     "ReLoRARestart": ".relora",

@@ -13,8 +13,7 @@ scale-free form that Adam has on the diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from mmpeft.adapters.selection.optimizer import Preconditioned, check_betas
 from mmpeft.errors import ConfigError
 
 
+@dataclass(eq=False, repr=False)
 class AdaFish(Preconditioned):
     """Momentum, preconditioned by the Fisher information of each tensor's smaller side.
 
@@ -36,21 +36,16 @@ class AdaFish(Preconditioned):
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-2,
-        *,
-        betas: tuple[float, float] = (0.9, 0.99),
-        damping: float = 1e-3,
-        power: float = 1.0,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if not damping > 0 or power not in (0.5, 1.0):
-            raise ConfigError(f"damping {damping}, power {power}; expected a positive number, and 0.5 or 1")
-        check_betas(*betas)
-        super().__init__(params, lr, weight_decay)
-        self.betas, self.damping, self.power = betas, damping, power
+    lr: InitVar[float] = 1e-2
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.99)
+    damping: float = 1e-3
+    power: float = 1.0
+
+    def check(self) -> None:
+        if not self.damping > 0 or self.power not in (0.5, 1.0):
+            raise ConfigError(f"damping {self.damping}, power {self.power}; expected a positive number, and 0.5 or 1")
+        check_betas(*self.betas)
 
     def update(self, p: Tensor, g: Tensor) -> Tensor:
         G = g.unsqueeze(0) if g.ndim < 2 else g

@@ -9,23 +9,25 @@ it as it is. Choices made here:
   gradients are corrected once, before clipping, when the step's true number is known. Without accumulation the
   correction is exactly 1 and skipped.
 - A checkpoint holds the adapter's tensors (connectors and heads included), the optimizer and the loops, nothing frozen.
-  Loading is strict about those tensors, and says so by name.
+  Loading is strict about those tensors, and says so by name. An adapter that the run has reshaped (pruned, or placed by
+  its data) is attached as it was when the checkpoint was written, if the task's plan is still the same.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmpeft.adapters import attach, check_distributed, inspect, load, parameter_groups
+from mmpeft.adapters import attach, check_distributed, detach, inspect, load, parameter_groups
 from mmpeft.adapters.plan import Plan
-from mmpeft.adapters.state import SLOT, find_state, slots
+from mmpeft.adapters.state import SLOT, find_state, slots, state_of
 from mmpeft.errors import ConfigError, FileFormatError, Unsupported, nearest, require
 from mmpeft.tasks.schedule import Schedule, check_schedule, lr_factor
 
@@ -92,6 +94,7 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
         self.total_steps: int | None = None  # fixed by the trainer or by BudgetedSteps; the schedule follows it
         self.recipe: dict[str, Any] | None = None
         self._window = _Window()
+        self._optimised: list[dict[str, Any]] | None = None  # the adapter's plan when the optimizer was made
 
     # ---- adapting --------------------------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
     def configure_optimizers(self) -> Any:
         groups = _named_once(parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay))
         make = self.make_optimizer or (lambda g: torch.optim.AdamW(g, lr=self.lr, betas=self.betas))
-        optimizer = make(groups)
+        optimizer, self._optimised = make(groups), self._rules()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -151,6 +154,20 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
         factor: float = trainer.world_size * accumulate / reference
         return loss_sum * factor  # undoes what the trainer divides by
 
+    @property
+    def correction(self) -> float:
+        """What the gradients of the optimizer step under way will be multiplied by, once its micro-batches are complete."""
+        return self._window.factor
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within it, `shared_loss` gives the mean of one batch, and the optimizer step under way does not count it."""
+        window, self._window = self._window, _Window()
+        try:
+            yield
+        finally:
+            self._window = window
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         factor = self._window.close()
         if factor != 1.0:
@@ -174,13 +191,34 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = self.kept()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint[EXTRA] = {"total_steps": self.total_steps, "adapter": self.adapter}
+        checkpoint[EXTRA] = {
+            "total_steps": self.total_steps, "adapter": self.adapter, "plan": self._given(), "rules": self._rules(),
+        }  # fmt: skip
+        if self._optimised is not None and self._optimised != self._rules():
+            checkpoint["optimizer_states"] = []  # of tensors that the adapter no longer has
+
+    def _given(self) -> list[dict[str, Any]] | None:
+        """The plan that the task was given, as data."""
+        return None if self.plan is None else [rule.to_dict() for rule in self.plan.rules]
+
+    def _rules(self) -> list[dict[str, Any]] | None:
+        """The plan that the adapter has now."""
+        state = find_state(self.model)
+        return None if state is None or self.adapter not in state.entries else list(state.entries[self.adapter].rules)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises FileFormatError, naming every tensor of the adapter that is missing, unknown or misshapen."""
-        self.total_steps = checkpoint.get(EXTRA, {}).get("total_steps")
+        extra = checkpoint.get(EXTRA, {})
+        self.total_steps = extra.get("total_steps")
         if "state_dict" not in checkpoint:
             return  # a strategy that shards the model (FSDP2) reads the tensors into it itself and leaves the rest
+        rules, own_rules = extra.get("rules"), self._rules()
+        reshaped = rules is not None and own_rules is not None and rules != own_rules
+        if reshaped and self.plan is not None and extra.get("plan") == self._given():
+            metadata = state_of(self.model).entries[self.adapter].metadata
+            detach(self.model, self.adapter)
+            attach(self.model, Plan.read(rules), self.adapter, check=False)
+            state_of(self.model).entries[self.adapter].metadata = metadata
         given: Mapping[str, Tensor] = checkpoint["state_dict"]
         own = {k: v for k, v in self.state_dict().items() if k in self.kept()}
         problems = [f"missing {k}" for k in sorted(set(own) - set(given))]
@@ -211,9 +249,14 @@ class _Window:
         self.total += count
         return self.reference
 
+    @property
+    def factor(self) -> float:
+        """What the step's gradients must be multiplied by."""
+        return self.reference / max(1, self.total) if self.reference else 1.0
+
     def close(self) -> float:
-        """What the step's gradients must be multiplied by; starts the next step's window."""
-        factor = self.reference / max(1, self.total) if self.reference else 1.0
+        """The factor; starts the next step's window."""
+        factor = self.factor
         self.total, self.reference = 0, 0
         return factor
 

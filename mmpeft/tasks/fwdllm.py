@@ -14,9 +14,9 @@ independent directions, and the variance is that of the scalar |g| times the sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from statistics import fmean, pvariance
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,13 @@ from mmpeft.errors import ConfigError
 from mmpeft.tasks.mezo import MeZO
 
 
+@dataclass(eq=False, repr=False)
 class FwdLLM(MeZO):
     """MeZO whose number of perturbations a step follows the variance of the estimate.
 
     Args:
+        params: parameters or groups (`lr` and `weight_decay` of each are used).
+        eps, seed: as in `MeZO`.
         variance: perturbations are drawn until var(g^2) / (n mean(g^2)^2) is at most this.
         least, most: bounds of their number.
 
@@ -36,22 +39,18 @@ class FwdLLM(MeZO):
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        variance: float = 0.5,
-        least: int = 2,
-        most: int = 32,
-        seed: int = 0,
-    ) -> None:
-        if not variance > 0 or not 2 <= least <= most:
-            raise ConfigError(f"variance {variance}, least {least}, most {most}; expected > 0 and 2 <= least <= most")
-        super().__init__(params, lr, eps=eps, weight_decay=weight_decay, seed=seed)
-        self.variance, self.least, self.most = variance, least, most
+    _: KW_ONLY
+    samples: int = field(default=1, init=False)
+    variance: float = 0.5
+    least: int = 2
+    most: int = 32
+
+    def check(self) -> None:
+        super().check()
+        if not self.variance > 0 or not 2 <= self.least <= self.most:
+            raise ConfigError(
+                f"variance {self.variance}, least {self.least}, most {self.most}; expected > 0 and 2 <= least <= most"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]

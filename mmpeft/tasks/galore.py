@@ -10,17 +10,18 @@ no matrix, or too small for the rank, gets plain AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmpeft.adapters.selection.optimizer import Preconditioned, adam, check_betas
+from mmpeft.adapters.selection.optimizer import Adaptive
 from mmpeft.errors import ConfigError
 
 
-class GaLore(Preconditioned):
+@dataclass(eq=False, repr=False)
+class GaLore(Adaptive):
     """AdamW in the subspace of the gradient's top singular vectors.
 
     Args:
@@ -28,37 +29,30 @@ class GaLore(Preconditioned):
         rank: of the subspace; matrices whose smaller side is no larger get AdamW as they are.
         update_every: the paper's T, steps between subspaces.
         scale: the paper's alpha, on the projected updates.
+        betas, eps: of Adam.
 
     Raises:
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        rank: int = 128,
-        update_every: int = 200,
-        scale: float = 0.25,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if rank < 1 or update_every < 1 or not scale > 0 or not eps > 0:
+    _: KW_ONLY
+    rank: int = 128
+    update_every: int = 200
+    scale: float = 0.25
+
+    def check(self) -> None:
+        super().check()
+        if self.rank < 1 or self.update_every < 1 or not self.scale > 0:
             raise ConfigError(
-                f"rank {rank}, update_every {update_every}, scale {scale}, eps {eps}; expected >= 1, >= 1, > 0, > 0"
+                f"rank {self.rank}, update_every {self.update_every}, scale {self.scale}; expected >= 1, >= 1, > 0"
             )
-        check_betas(*betas)
-        super().__init__(params, lr, weight_decay)
-        self.rank, self.update_every, self.scale, self.betas, self.eps = rank, update_every, scale, betas, eps
 
     def update(self, p: Tensor, g: Tensor) -> Tensor:
         state = self.state[p]
         small = p.ndim < 2 or min(p.shape[-2:]) <= self.rank
         step = state["step"] = state.get("step", 0) + 1
         if small:
-            return adam(state, g, self.betas, self.eps)
+            return self.adam(state, g)
         left = p.shape[-2] <= p.shape[-1]  # project the smaller side
         if (step - 1) % self.update_every == 0:
             U, _, V = torch.linalg.svd(g if g.dtype == torch.float64 else g.float(), full_matrices=False)
@@ -66,7 +60,7 @@ class GaLore(Preconditioned):
             self.turned(state)
         P: Tensor = state["P"]
         R = self.precondition(state, P.mT @ g if left else g @ P)
-        N = adam(state, R, self.betas, self.eps)
+        N = self.adam(state, R)
         out: Tensor = self.scale * (P @ N if left else N @ P.mT)
         return out
 
@@ -78,6 +72,7 @@ class GaLore(Preconditioned):
         return R
 
 
+@dataclass(eq=False, repr=False)
 class NaturalGaLore(GaLore):
     """GaLore whose projected gradient g is the natural one, (damping I + H H^T)^-1 g with H the last `window` projected
     gradients as columns, g among them: an empirical Fisher information, inverted through the window x window system of
@@ -88,27 +83,14 @@ class NaturalGaLore(GaLore):
         damping: the paper's lambda.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        window: int = 8,
-        damping: float = 1.0,
-        rank: int = 128,
-        update_every: int = 200,
-        scale: float = 0.25,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if window < 1 or not damping > 0:
-            raise ConfigError(f"window {window}, damping {damping}; expected >= 1, > 0")
-        super().__init__(
-            params, lr, rank=rank, update_every=update_every, scale=scale, betas=betas, eps=eps,
-            weight_decay=weight_decay,
-        )  # fmt: skip
-        self.window, self.damping = window, damping
+    _: KW_ONLY
+    window: int = 8
+    damping: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if self.window < 1 or not self.damping > 0:
+            raise ConfigError(f"window {self.window}, damping {self.damping}; expected >= 1, > 0")
 
     def turned(self, state: dict[str, Any]) -> None:
         state["history"] = []  # gradients of another subspace have other coordinates

@@ -8,6 +8,8 @@
         optimizer.step();  optimizer.zero_grad()   # weights are the mean again
     with optimizer.sampled(): ...                  # a posterior sample at test time
 
+or, under Lightning, `PosteriorSamples` in `mmpeft.tasks.StepControl`.
+
 The gradient g at a sample w = m + s e gives the curvature estimate g e / s; mean and curvature are averaged as in Adam:
 
     g <- b1 g + (1 - b1) g_hat                            s = 1 / sqrt(N (h + decay))
@@ -18,12 +20,13 @@ The gradient g at a sample w = m + s e gives the curvature estimate g e / s; mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmpeft.adapters.selection.controller import Controller, Loop
 from mmpeft.errors import ConfigError
 
 
@@ -107,14 +110,21 @@ class IVON(torch.optim.Optimizer):
         raise ConfigError("spread: not a parameter of this optimizer")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update mean and curvature from the gradients made in `sampled()` since the last step (averaged over samples).
 
+        Args:
+            closure: makes the gradients, in `sampled()`, and gives what is returned; None: they are there.
+
         Raises:
-            ConfigError: gradients were made outside `sampled()`, or a closure is given.
+            ConfigError: gradients were made outside `sampled()`, or it is still open.
         """
-        if closure is not None or self.drawn:
-            raise ConfigError("IVON.step takes no closure and comes after `with optimizer.sampled()`")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.drawn:
+            raise ConfigError("IVON.step comes after `with optimizer.sampled()`, not inside")
         b1, b2 = self.betas
         for group, p in self._parameters():
             if p.grad is None:
@@ -131,6 +141,7 @@ class IVON(torch.optim.Optimizer):
             h.mul_(b2).add_(h_hat, alpha=1 - b2).add_(correction)
             g = state["g"] / (1 - b1 ** state["step"])
             p.sub_(group["lr"] * (g + decay * p) / (h + decay))
+        return loss
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -148,3 +159,47 @@ class IVON(torch.optim.Optimizer):
         h: Tensor = self._state(p)["h"]
         precision: Tensor = self.data_size * (h + group["weight_decay"])
         return precision.rsqrt()
+
+
+class PosteriorSamples(Controller):
+    """IVON in a training loop: every micro-batch sees weights of its own drawn from the posterior.
+
+    Raises:
+        ConfigError: the loop's optimizer is another.
+    """
+
+    KEEPS = ("generator",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def optimizer(self) -> IVON:
+        """The loop's."""
+        assert isinstance(self.loop.optimizer, IVON)
+        return self.loop.optimizer
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of the samples, which the optimizer's own state leaves out."""
+        return self.optimizer.generator
+
+    def join(self, loop: Loop) -> None:
+        super().join(loop)
+        if not isinstance(loop.optimizer, IVON):
+            raise ConfigError(f"PosteriorSamples is for IVON; the optimizer is {type(loop.optimizer).__name__}")
+
+    def draw(self) -> None:
+        self.optimizer.zero_grad()  # `sampled` keeps what it finds
+
+    def watch(self) -> AbstractContextManager[None]:
+        return self.optimizer.sampled()
+
+    def before_step(self) -> None:
+        # The loss of one of n micro-batches is divided by n already, and IVON takes the mean of its samples.
+        for state in self.optimizer.state.values():
+            if "samples" in state:
+                state["curvature"].mul_(state["samples"])
+        for p in self.model.parameters():
+            if p.grad is not None and "samples" in self.optimizer.state.get(p, {}):
+                p.grad.mul_(self.optimizer.state[p]["samples"])

@@ -12,15 +12,18 @@ g, lr) of every step, from which `replay` makes the trained adapter again out of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmpeft.adapters.selection.optimizer import Grouped
 from mmpeft.errors import ConfigError
 
 
-class MeZO(torch.optim.Optimizer):
+@dataclass(eq=False, repr=False)
+class MeZO(Grouped):
     """Zeroth-order SGD with seed replay. Gradients are neither needed nor made.
 
     Args:
@@ -33,23 +36,15 @@ class MeZO(torch.optim.Optimizer):
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-        samples: int = 1,
-        seed: int = 0,
-    ) -> None:
-        if not lr > 0 or not eps > 0 or samples < 1 or weight_decay < 0:
-            raise ConfigError(
-                f"lr {lr}, eps {eps}, samples {samples}, weight_decay {weight_decay}; expected > 0, > 0, >= 1, >= 0"
-            )
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.eps, self.samples, self.seed = eps, samples, seed
-        self.trajectory: list[tuple[int, float, tuple[float, ...]]] = []
+    _: KW_ONLY
+    eps: float = 1e-3
+    samples: int = 1
+    seed: int = 0
+    trajectory: list[tuple[int, float, tuple[float, ...]]] = field(default_factory=list, init=False)
+
+    def check(self) -> None:
+        if not self.eps > 0 or self.samples < 1:
+            raise ConfigError(f"eps {self.eps}, samples {self.samples}; expected > 0, >= 1")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]

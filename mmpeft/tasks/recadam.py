@@ -9,16 +9,16 @@ w <- w - lr (lambda adam + (1 - lambda) gamma (w - w0)), lambda = 1 / (1 + exp(-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 from torch import Tensor
 
-from mmpeft.adapters.selection.optimizer import Preconditioned, adam, check_betas
+from mmpeft.adapters.selection.optimizer import Adaptive
 from mmpeft.errors import ConfigError
 
 
-class RecAdam(Preconditioned):
+@dataclass(eq=False, repr=False)
+class RecAdam(Adaptive):
     """Adam, decoupled from an annealed pull towards the start.
 
     Args:
@@ -26,28 +26,22 @@ class RecAdam(Preconditioned):
         k: how sharply the objective shifts.
         t0: step at which both have half.
         gamma: strength of the pull (5000 in the paper, with lr 2e-5).
+        betas, eps: of Adam.
 
     Raises:
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 2e-5,
-        *,
-        k: float = 0.1,
-        t0: float = 250,
-        gamma: float = 5000.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if not k > 0 or t0 < 0 or gamma < 0 or not eps > 0:
-            raise ConfigError(f"k {k}, t0 {t0}, gamma {gamma}, eps {eps}; expected > 0, >= 0, >= 0, > 0")
-        check_betas(*betas)
-        super().__init__(params, lr, weight_decay)
-        self.k, self.t0, self.gamma, self.betas, self.eps = k, t0, gamma, betas, eps
+    lr: InitVar[float] = 2e-5
+    _: KW_ONLY
+    k: float = 0.1
+    t0: float = 250
+    gamma: float = 5000.0
+
+    def check(self) -> None:
+        super().check()
+        if not self.k > 0 or self.t0 < 0 or self.gamma < 0:
+            raise ConfigError(f"k {self.k}, t0 {self.t0}, gamma {self.gamma}; expected > 0, >= 0, >= 0")
 
     def update(self, p: Tensor, g: Tensor) -> Tensor:
         state = self.state[p]
@@ -56,4 +50,4 @@ class RecAdam(Preconditioned):
         state["step"] += 1
         task = 1 / (1 + math.exp(-self.k * (state["step"] - self.t0)))
         pull: Tensor = self.gamma * (p - state["start"])
-        return task * adam(state, g, self.betas, self.eps) + (1 - task) * pull
+        return task * self.adam(state, g) + (1 - task) * pull

@@ -5,15 +5,13 @@ trainer = lightning.Trainer(callbacks=[ReLoRARestart(every=500, warmup=50)])
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from mmpeft.adapters.methods.relora import Jagged, restart
-from mmpeft.errors import require
-
-_lightning: Any = require("lightning.pytorch", "train")
+from mmpeft.adapters.methods.relora import Jagged, Restarts
+from mmpeft.tasks.step_control import StepControl
 
 
-class ReLoRARestart(_lightning.Callback):  # type: ignore[misc]
+class ReLoRARestart(StepControl):
     """Restart the task's ReLoRA adapter every so many optimizer steps, with a short climb of the learning rate after
     each; the task's own schedule is the envelope.
 
@@ -22,24 +20,11 @@ class ReLoRARestart(_lightning.Callback):  # type: ignore[misc]
         warmup: steps of the climb.
         keep: share of the optimizer's moments that survives.
         adapter: name; None is every adapter of the model.
+        seed: of the new start of each stage.
     """
 
-    def __init__(self, every: int, *, warmup: int = 10, keep: float = 0.01, adapter: str | None = None) -> None:
-        self.jagged = Jagged(every, warmup, total=1)
-        self.every, self.keep, self.adapter = every, keep, adapter
-        self._seen = 0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._seen = trainer.global_step
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        ramp = self.jagged.ramp(trainer.global_step)
-        for group in optimizer.param_groups:
-            group["lr"] *= ramp  # the scheduler sets it anew for the next step
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == self._seen:
-            return
-        self._seen = trainer.global_step
-        if self._seen % self.every == 0:
-            restart(pl_module.model, trainer.optimizers[0], keep=self.keep, name=self.adapter)
+    def __init__(
+        self, every: int, *, warmup: int = 10, keep: float = 0.01, adapter: str | None = None, seed: int = 0
+    ) -> None:
+        Jagged(every, warmup, total=1)  # its checks, before a model is loaded
+        super().__init__(partial(Restarts, every=every, warmup=warmup, keep=keep, seed=seed, name=adapter))

@@ -1,4 +1,5 @@
-"""The whole grid of method x kind of site x precision x mode, of which the tests run a sample; `make grid` writes it down.
+"""The whole grid of method x kind of site x precision x mode, of which `test_grid.py` runs a sample; `make grid` writes it
+down.
 
     python tests/adapters/grid.py --out docs/grid.md            # all; --methods LoRA,DoRA and --sites mha,lstm for a part
 
@@ -14,7 +15,9 @@ holds what the method promises, its tensors random:
     detach     afterwards the model computes what it did, bit for bit
 
 Configurations are small; where a size has to divide the site's, the first of `CHOICES` that attaches is taken. Methods
-that choose places from data take random places here: the choice has tests of its own.
+that choose places from data take random places here: the choice has tests of its own. NEFT is given the weights after a
+run, PEQA a quantised base; what steers (RepE, ITI) trains nothing, so its directions are random and no gradient is asked.
+LayerDrop, which only skips layers at random, is not in the grid.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ import mmpeft  # noqa: E402
 from mmpeft.adapters import catalogue  # noqa: E402
 from mmpeft.adapters.method import Method  # noqa: E402
 from mmpeft.adapters.storage.integer import Int  # noqa: E402
+from mmpeft.adapters.storage.packed_weight import PackedWeight  # noqa: E402
 from mmpeft.errors import MmpeftError, NameNotFound  # noqa: E402
 
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 0.1}  # and what counts as equal, of the largest
@@ -60,7 +64,7 @@ OWN: dict[str, dict[str, Any]] = {  # and these methods these
     "FourierFT": {"n": 6},
     "SparseRows": {"count": 2},
     "FAR": {"count": 2},
-    "NEFT": {"count": 2},
+    "NEFT": {"count": 2, "criterion": "change"},
     "LoKr": {"rank": 1},
     "KAdaptation": {"rank": 1},
     "Propulsion": {"degree": 3},
@@ -85,9 +89,10 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "ITI": {"num_heads": (None, 2, 1)},
     "AttnScaleLite": {"num_heads": (None, 2, 1)},
 }
-SPREAD = {"Propulsion": 0.05, "DeltaLoRA": 0.1, "RandLoRA": 0.1, "FourierFT": 0.5, "C3A": 1.0, "DID": 2.0, "SAID": 2.0}
+SPREAD = {"PEQA": 0.002, "Propulsion": 0.05, "DeltaLoRA": 0.1, "RandLoRA": 0.1, "FourierFT": 0.5, "C3A": 1.0, "DID": 2.0, "SAID": 2.0}
 INVARIANT = {("AdaDEFT", "vit-blocks"): "a factor on what the final norm reads changes nothing"}
-TRAINS_NOTHING = {"LayerDrop"}  # regularisers: not in the grid
+NOT_HERE = {"LayerDrop"}  # neither a trained tensor nor a direction
+STEERS = {"RepE": "v", "ITI": "v"}  # nothing is trained: the tensor that is set instead
 GAP = {"IncreLoRA": 1e-4}  # how far the start is from the base, where it is not within rounding
 DRAWS = {"DyLoRA", "LoRADropout", "FLOP"}  # in training
 
@@ -147,6 +152,30 @@ ELSEWHERE = "the method is for another kind of place"
 WARNED = "not refused but warned of: the model around never calls this module, so nothing would be trained"
 
 
+def after_a_run(model: nn.Module, method: Method, site: SiteCase, x: Tensor) -> None:
+    """Attach by the difference to what a run of training would have made."""
+    g = torch.Generator().manual_seed(3)
+    trained = {
+        n: t + 0.1 * torch.randn(t.shape, generator=g).to(t) if t.is_floating_point() else t
+        for n, t in model.state_dict().items()
+    }
+    mmpeft.attach_selected(model, {site.match: method}, trained=trained, name="a", example=x)
+
+
+def plainly(model: nn.Module, method: Method, site: SiteCase, x: Tensor) -> None:
+    mmpeft.attach(model, {site.match: method}, name="a", example=x)
+
+
+def quantised(model: nn.Module, site: SiteCase) -> None:
+    """The site's linear layers as integers, where they are not yet."""
+    if not any(type(p) is PackedWeight for p in model.parameters()):
+        mmpeft.quantise(model, re.sub(r"\[.*?\]", "", site.match), Int(8))
+
+
+ATTACH: dict[str, Callable[[nn.Module, Method, SiteCase, Tensor], None]] = {"NEFT": after_a_run}
+PREPARE: dict[str, Callable[[nn.Module, SiteCase], None]] = {"PEQA": quantised}
+
+
 @dataclass
 class Cell:
     refused: str = ""
@@ -200,12 +229,16 @@ def check(cls: type[Method], site: SiteCase, dtype: torch.dtype) -> list[str] | 
         for p in model.parameters():  # biases that start at 0: a method may build on them
             if p.is_floating_point() and type(p) is nn.Parameter and not p.any():
                 p.normal_(std=0.1)
+    try:
+        PREPARE.get(cls.__name__, lambda *_: None)(model, site)
+    except MmpeftError as error:
+        return _line(error)
     base = base_output_of(model, x)
     same = torch.equal if torch.equal(base, base_output_of(model, x)) else near_of(dtype)  # max_norm rescales in place
     refusal = ""
     for method in configurations(cls):
         try:
-            mmpeft.attach(model, {site.match: method}, name="a", example=x)
+            ATTACH.get(cls.__name__, plainly)(model, method, site, x)
             break
         except MmpeftError as error:
             refusal = refusal or _line(error)
@@ -226,15 +259,16 @@ def check(cls: type[Method], site: SiteCase, dtype: torch.dtype) -> list[str] | 
         gap = max(near, GAP.get(cls.__name__, 0.0))
         expect("start", close(run("train"), base, gap) and close(run("eval"), base, gap))
     fill(model, "a", 1, SPREAD.get(cls.__name__, 0.3))
+    steer(model, STEERS.get(cls.__name__))
+    found_params = (p for d in deltas(model) for n in d.trained if (p := d._parameters[n]) is not None)
+    params = list({id(p): p for p in found_params}.values())
     outputs = {}
     for mode in ("train", "eval", "no-grad"):
         y = outputs[mode] = run(mode)
-        if mode == "train" and not y.requires_grad:
+        if mode == "train" and params and not y.requires_grad or not params and torch.equal(y, base):
             return WARNED
         expect(f"effect in {mode}", not (torch.equal(y, base) if dtype is torch.bfloat16 else close(y, base, near)))
-        if mode != "no-grad":
-            found_params = (p for d in deltas(model) for n in d.trained if (p := d._parameters[n]) is not None)
-            params = list({id(p): p for p in found_params}.values())
+        if mode != "no-grad" and params:
             grads = torch.autograd.grad((y * torch.randn_like(y)).float().sum(), params, allow_unused=True)
             alive = (g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in grads)
             expect(f"gradient in {mode}", all(alive))
@@ -254,6 +288,15 @@ def check(cls: type[Method], site: SiteCase, dtype: torch.dtype) -> list[str] | 
         model.eval()
     expect("detach", same(base_output_of(model, x), base))
     return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def steer(model: nn.Module, tensor: str | None) -> None:
+    """Random directions for methods that train none."""
+    g = torch.Generator().manual_seed(1)
+    for d in deltas(model) if tensor else ():
+        v = d._parameters[tensor]
+        v.copy_(0.3 * torch.randn(v.shape, generator=g))
 
 
 def base_output_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -363,7 +406,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--sites", default="", help="kinds of site, comma-separated")
     given = parser.parse_args()
-    methods = chosen(given.methods, {c.__name__: c for c in catalogue.methods() if c.__name__ not in TRAINS_NOTHING})
+    methods = chosen(given.methods, {c.__name__: c for c in catalogue.methods() if c.__name__ not in NOT_HERE})
     text, failed = page(
         methods, chosen(given.sites, {site.name: site for site in KINDS}), given.jobs, lambda s: print(s, flush=True)
     )

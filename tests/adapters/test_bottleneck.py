@@ -1,5 +1,7 @@
 """Bottleneck adapters: placement, maths against one line, channels first, tuples."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -41,7 +43,13 @@ X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
-    "method", [mmpeft.Bottleneck(size=2, activation="gelu", scale=0.5), mmpeft.AdaptFormer(size=3)]
+    "method",
+    [
+        mmpeft.Bottleneck(size=2, activation="gelu", scale=0.5),
+        mmpeft.AdaptFormer(size=3),
+        mmpeft.Bottleneck(size=2, bias=False),
+        mmpeft.AdaptFormer(size=3, bias=False),
+    ],
 )
 def test_definition(method):
     model = Net()
@@ -51,8 +59,9 @@ def test_definition(method):
     p = fill(model)
     act = F.gelu if method.activation == "gelu" else F.relu
     source = X if isinstance(method, mmpeft.AdaptFormer) else base
-    inner = act(source @ p["down_weight"].T + p["down_bias"])
-    expected = base + method.scale * (inner @ p["up_weight"].T + p["up_bias"])
+    assert ("down_bias" in p, "up_bias" in p) == (method.bias, method.bias)
+    inner = act(source @ p["down_weight"].T + p.get("down_bias", 0))
+    expected = base + method.scale * (inner @ p["up_weight"].T + p.get("up_bias", 0))
     torch.testing.assert_close(model(X), expected)
     with mmpeft.use(model, None):
         assert torch.equal(model(X), base)
@@ -130,3 +139,47 @@ def test_refusals():
     mmpeft.attach(model, {"mlp": mmpeft.Bottleneck()}, example=X)
     with pytest.raises(Unsupported, match="only weight methods can be merged"):
         mmpeft.merge(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (mmpeft.Bottleneck(size=4, bias=False), 2 * 8 * 4),
+        (mmpeft.AdaptFormer(size=4, bias=False), 2 * 8 * 4),
+        (mmpeft.PHMAdapter(size=4, n=2, bias=False), 2 * (2**3 + 8 * 4 // 2)),
+        (mmpeft.Compacter(size=4, n=2, bias=False), 2**3 + 2 * (8 + 4)),
+        (mmpeft.ConvAdapter(size=4, bias=False), 2 * 8 * 4 + 4 * 9),
+        (mmpeft.XPEFT(size=4, adapters=3, bias=False), 2 * 3),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_bottlenecks_without_biases(method, count, tmp_path):
+    """Only the biases go: the same function as with biases of 0, fewer numbers, and a file that loads; compaction and the
+    cost table take them."""
+    made = {}
+    for bias in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8))
+        x = torch.randn(3, 9, 8)
+        mmpeft.attach(model, {"0": dataclasses.replace(method, bias=bias)}, example=x)
+        made[bias] = model
+        fill(model)
+    with torch.no_grad():
+        plain = dict(mmpeft.adapters.switch.adapter_parameters(made[False]))
+        for name, p in mmpeft.adapters.switch.adapter_parameters(made[True]):
+            p.zero_() if name.endswith("bias") else p.copy_(plain[name])
+    y = made[False](x)
+    torch.testing.assert_close(y, made[True](x))
+    assert mmpeft.inspect(nn.Sequential(nn.Linear(8, 8)), {"0": method}).trainable == count
+    mmpeft.save(made[False], tmp_path)
+    other = nn.Sequential(nn.Linear(8, 8))
+    other.load_state_dict({n: t for n, t in made[False].state_dict().items() if "_adapters" not in n})
+    mmpeft.load(other, tmp_path, check=False)
+    torch.testing.assert_close(other(x), y)
+    if type(method) in (mmpeft.Bottleneck, mmpeft.AdaptFormer):
+        keep = torch.tensor([True, False, True, False])
+        (delta,) = mmpeft.adapters.state.sites_of(made[False], mmpeft.Method, "default")
+        assert list(mmpeft.compact(made[False], keep={delta.site.name: keep}).values()) == [2]
+        (delta,) = mmpeft.adapters.state.sites_of(made[False], mmpeft.Method, "default")
+        assert {n: tuple(t.shape) for n, t in delta.named_parameters()} == {"down_weight": (2, 8), "up_weight": (8, 2)}
+        assert delta.method.size == 2 and not delta.method.bias and made[False](x).shape == y.shape

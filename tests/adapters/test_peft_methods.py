@@ -102,6 +102,12 @@ TO: dict[str, list[Any]] = {
         {"{conv1,conv2,grouped,fused}": mmpeft.LoKr(rank=1, alpha=3, factor=2), "head": mmpeft.LoKr(rank=3, factor=2)},
         {"{fused,head}": mmpeft.LoKr(rank=1, factor=8, decompose_both=True)},
     ],
+    "krona": [
+        {"{conv2,grouped,fused,head}": mmpeft.KronA(a1=2, a2=2, scale=0.5)},
+        {"{fused,head}": mmpeft.KronA(scale=3.0)},  # the most square sizes, of two kinds
+        {"fused": mmpeft.KronA(a1=8, a2=3), "head": mmpeft.LoKr(rank=1, factor=8, decompose_both=True)},
+        {"point": mmpeft.KronA(a1=1, a2=1), "head": mmpeft.KronA(a1=1, a2=1, scale=2.0)},
+    ],
     "hira": [{"{table,conv1,conv2,point,conv3,fused,gpt}": mmpeft.HiRA(rank=2), "head": mmpeft.HiRA(rank=3)}],
     "gralora": [{"{fused,gpt,head}": mmpeft.GraLoRA(rank=4, k=2, alpha=5, hybrid_rank=1)}],
     "miss": [{"{fused,head}": mmpeft.MiSS(rank=3)}, {"{fused,head}": mmpeft.MiSS(rank=4, bat=True)}],
@@ -114,7 +120,7 @@ TO: dict[str, list[Any]] = {
     "hra": [{"{fused,conv2,head}": mmpeft.HRA(rank=4)}],
     "c3a": [{"fused": mmpeft.C3A(block_size=4), "head": mmpeft.C3A(block_size=2)}],
     "fourierft": [{"{fused,gpt}": mmpeft.FourierFT(n=30, scale=9.0), "head": mmpeft.FourierFT(n=12, scale=9.0)}],
-    "shira": [{"{fused,head}": mmpeft.SHiRA(rank=1)}, {"fused": mmpeft.PaFi(density=0.2), "head": mmpeft.PaFi(count=9)}],
+    "shira": [{"fused": mmpeft.SHiRA(rank=1), "head": mmpeft.PaFi(count=9)}, {"fused": mmpeft.PaFi(density=0.2), "head": mmpeft.PaFi(count=9)}],
     "delora": [{"fused": mmpeft.DeLoRA(rank=3, lam=4.0), "head": mmpeft.DeLoRA(rank=2)}],
     "adalora": [{"{conv2,point,fused,gpt}": mmpeft.AdaLoRA(rank=3, alpha=5), "head": mmpeft.AdaLoRA(rank=2)}],
     "randlora": [{"{fused,gpt,head}": mmpeft.RandLoRA(rank=3, alpha=4)}],

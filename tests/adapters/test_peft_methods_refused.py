@@ -45,7 +45,9 @@ def test_every_row_of_the_table_is_a_method() -> None:
 
 def test_the_catalogue_says_what_the_files_hold() -> None:
     assert files("loha") == files("dora") == files("bitfit") == files("prompt_tuning") == "both ways"
-    assert files("fishmask") == "written as SHIRA"
+    assert files("fishmask") == "written as SHIRA" and files("krona") == "written as LOKR"
+    assert files("lora+") == files("lora-fa") == "written as LORA"
+    assert files("qa-lora") == "read from use_qalora, written as LORA"
     assert files("bottleneck") == ""
 
 
@@ -72,6 +74,12 @@ def test_the_page_names_every_type_and_method() -> None:
         ({"head": mmpeft.SHiRA(count=30)}, "head: PEFT's SHiRA has r .in . out. entries"),
         ({"fused": mmpeft.RandLoRA(rank=2), "gpt": mmpeft.RandLoRA(rank=2)}, "PEFT has one pair of projections"),
         ({"fused": mmpeft.LoKr(rank=1, factor=2), "head": mmpeft.LoKr(rank=1, factor=4)}, "PEFT has one decompose_factor"),
+        ({"conv1": mmpeft.KronA(a1=2, a2=2)}, "conv1.weight: PEFT multiplies a whole second factor"),
+        ({"conv2": mmpeft.KronA(a1=2, a2=3)}, "conv2.weight: a2 = 3 cuts through the kernels"),
+        ({"fused": mmpeft.KronA(a1=8, a2=4)}, r"fused.weight: no decompose_factor of PEFT's makes a first factor of \(8, 4\)"),
+        ({"fused": mmpeft.KronA(a1=2, a2=2), "head": mmpeft.KronA(a1=4, a2=4)},
+         r"none gives KronA's sizes \(2, 2\) at fused, \(4, 4\) at head"),
+        ({"fused": mmpeft.KronA(a1=2, a2=2), "head": mmpeft.LoKr(rank=1, factor=4)}, "PEFT has one decompose_factor"),
         ({"fused": mmpeft.C3A(block_size=4), "head": mmpeft.HRA(rank=2)}, r"mixes c3a \(at fused.weight\) and hra"),
         ({"fused": mmpeft.LoHa(rank=2), "head.weight": "full"}, None),
     ],

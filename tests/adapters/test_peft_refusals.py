@@ -187,7 +187,6 @@ def test_pickles_and_broken_files_are_refused(folder: Path) -> None:
             ({"init_lora_weights": i}, f"'{i}' rewrote the base")
             for i in ("corda", "loftq", "lora_ga", "pissa_niter_4")
         ],
-        ({"use_qalora": True}, "use_qalora=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"target_modules": ["fused", "head", "norm"]}, "norm: PEFT has no LoRA for a LayerNorm"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,21 @@ SAMPLED: dict[str, tuple[list[Any], Callable[[Draw], Any]]] = {
 }  # fmt: skip
 
 
+def there_and_back(base: nn.Module, config: Any, x: torch.Tensor, folder: Path, *, std: float) -> None:
+    """PEFT's folder of a random adapter gives its outputs here, and the folder written from that gives them in PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        randomise((p for n, p in sorted(theirs.named_parameters()) if p.requires_grad and "ranknum" not in n), std)
+        expected = outputs(theirs, x)
+        theirs.save_pretrained(folder / "a")
+        ours = load_peft(copy.deepcopy(base), folder / "a", example=x, check=False)
+        torch.testing.assert_close(outputs(ours, x), expected, atol=1e-5, rtol=1e-5)
+        export_peft(ours, folder / "b", example=x)
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "b").eval()
+    torch.testing.assert_close(outputs(again, x), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", SAMPLED)
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
@@ -136,18 +152,7 @@ def test_sampled(tmp_path_factory: pytest.TempPathFactory, method: str, data: st
     ids = isinstance(layer, nn.Embedding)
     x = torch.randint(0, 7, shape) if ids else torch.randn(shape, dtype=dtype)
     base = nn.Sequential(nn.Identity(), layer).to(dtype).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-        randomise((p for n, p in sorted(theirs.named_parameters()) if p.requires_grad and "ranknum" not in n), 0.2)
-        folder = tmp_path_factory.mktemp("sampled")
-        expected = outputs(theirs, x)
-        theirs.save_pretrained(folder / "a")
-        ours = load_peft(copy.deepcopy(base), folder / "a", example=x, check=False)
-        torch.testing.assert_close(outputs(ours, x), expected, atol=1e-5, rtol=1e-5)
-        export_peft(ours, folder / "b", example=x)
-        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "b").eval()
-    torch.testing.assert_close(outputs(again, x), expected, atol=1e-5, rtol=1e-5)
+    there_and_back(base, config, x, tmp_path_factory.mktemp("sampled"), std=0.2)
 
 
 class Stack(nn.Module):
@@ -178,14 +183,4 @@ def test_sampled_attention_and_experts(tmp_path_factory: pytest.TempPathFactory,
         r=draw(ranks), lora_alpha=draw(alphas), target_modules=draw(st.sampled_from([["attn"], ["attn", "1"]])),
         target_parameters=bare, use_rslora=draw(flags), rank_pattern={"0.up": draw(ranks)} if bare else {},
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-        randomise((p for n, p in sorted(theirs.named_parameters()) if p.requires_grad), 0.3)
-        folder, expected = tmp_path_factory.mktemp("stack"), outputs(theirs, x)
-        theirs.save_pretrained(folder / "a")
-        ours = load_peft(copy.deepcopy(base), folder / "a", example=x, check=False)
-        torch.testing.assert_close(outputs(ours, x), expected, atol=1e-5, rtol=1e-5)
-        export_peft(ours, folder / "b", example=x)
-        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "b").eval()
-    torch.testing.assert_close(outputs(again, x), expected, atol=1e-5, rtol=1e-5)
+    there_and_back(base, config, x, tmp_path_factory.mktemp("stack"), std=0.3)

@@ -18,6 +18,10 @@ from transformers import (
 import mmpeft
 from mmpeft.errors import NameNotFound, Unsupported
 
+TOWER = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+)  # fmt: skip
+
 
 def fill(model, std=0.5):
     generator = torch.Generator().manual_seed(0)
@@ -82,32 +86,8 @@ def test_published_counts_for_vit_base():
             lambda: timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=2, embed_dim=64, num_heads=4),
             "blocks",
         ),
-        (
-            lambda: AutoModel.from_config(
-                CLIPVisionConfig(
-                    hidden_size=32,
-                    intermediate_size=48,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    image_size=32,
-                    patch_size=8,
-                )
-            ),
-            "**.encoder.layers",
-        ),
-        (
-            lambda: AutoModel.from_config(
-                SiglipVisionConfig(
-                    hidden_size=32,
-                    intermediate_size=48,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    image_size=32,
-                    patch_size=8,
-                )
-            ),
-            "**.encoder.layers",
-        ),
+        (lambda: AutoModel.from_config(CLIPVisionConfig(**TOWER)), "**.encoder.layers"),
+        (lambda: AutoModel.from_config(SiglipVisionConfig(**TOWER)), "**.encoder.layers"),
         (
             lambda: AutoModel.from_config(
                 Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)

@@ -58,12 +58,12 @@ def test_ist_trains_other_layers_every_step_and_learns_their_importance(accumula
     _, seen, deltas = fit(callback, mmpeft.LoRA(rank=2), 8, accumulate=accumulate)
     layers = [got for got, _ in seen]
     assert all(len(got) == 2 for got in layers) and len({frozenset(got) for got in layers}) > 2
-    assert callback.sampler.importance.any()
+    assert callback.controller.importance.any()
     assert all(d.A.requires_grad for d in deltas), "released at the end"
     other = LayerSampling(active=2, every=2, loss=loss)
     other.load_state_dict(callback.state_dict())
     fit(other, mmpeft.LoRA(rank=2), 1)
-    assert torch.equal(other.sampler.importance, callback.sampler.importance), "a resumed run goes on where it was"
+    assert torch.equal(other.controller.importance, callback.controller.importance), "a resumed run goes on where it was"
     with pytest.raises(ConfigError, match="every 0"):
         LayerSampling(active=1, every=0)
 

@@ -168,6 +168,25 @@ def test_bad_values_are_refused(make, message):
         make([nn.Parameter(torch.randn(3, 4))])
 
 
+@pytest.mark.parametrize("name", ["GaLore", "NaturalGaLore", "RecAdam", "AdaFish", "MeZO", "FwdLLM"])
+def test_yaml_gives_a_task_the_optimizer_with_its_options(name):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    from mmpeft.tasks import AdapterTask
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AdapterTask, "task", skip={"model", "plan"})
+    options = {"weight_decay": 0.25} | ({"eps": 0.5} if name != "AdaFish" else {"betas": [0.5, 0.25]})
+    choice = {"class_path": f"mmpeft.tasks.{name}", "init_args": options}
+    make = parser.instantiate(parser.parse_object({"task": {"optimizer": choice}}), instantiate_groups=False).task.optimizer
+    made = make([{"params": [nn.Parameter(torch.zeros(2))], "lr": 0.125}])
+    assert type(made).__name__ == name and made.param_groups[0]["lr"] == 0.125
+    assert made.param_groups[0]["weight_decay"] == 0.25
+    assert tuple(made.betas) == (0.5, 0.25) if name == "AdaFish" else made.eps == 0.5
+    assert made == made and len({made, copy.deepcopy(made)}) == 2, "an optimizer is itself alone, not its options"
+    with pytest.raises(jsonargparse.ArgumentError, match="epsi"):
+        parser.parse_object({"task": {"optimizer": choice | {"init_args": {"epsi": 1.0}}}})
+
+
 def test_through_a_lightning_task():
     lightning = pytest.importorskip("lightning")
     from mmpeft.tasks import AdapterTask

@@ -82,7 +82,7 @@ def heads_of(site: Site, module: nn.Module, num_heads: int | None = None) -> tup
 
     Raises:
         Unsupported: nn.MultiheadAttention, whose scores nothing outside sees.
-        ConfigError: they are not known.
+        ConfigError: they are not known, or do not divide the width.
     """
     if isinstance(module, nn.MultiheadAttention):
         raise Unsupported(f"{site.path}: nn.MultiheadAttention cannot be entered; use a weight method on its in_proj")
@@ -92,7 +92,10 @@ def heads_of(site: Site, module: nn.Module, num_heads: int | None = None) -> tup
     if not isinstance(heads, int) or heads < 1:
         raise ConfigError(f"the heads of {site.path} ({type(module).__name__}) are not known; pass num_heads=")
     kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
-    d = getattr(module, "head_dim", None) or width // heads
+    d = getattr(module, "head_dim", None)
+    if d is None and width % heads:
+        raise ConfigError(f"{site.path}: {heads} heads do not divide a width of {width}; pass num_heads=")
+    d = d or width // heads
     return heads, int(kv), int(d)
 
 

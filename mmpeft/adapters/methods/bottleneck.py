@@ -37,6 +37,7 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
         activation: relu, gelu, silu or tanh.
         scale: factor on the update.
         dropout: on the inner activation, in training.
+        bias: of both projections; without, 2 width size numbers are trained.
         dim: channel width, where it cannot be read off the module's own layers.
     """
 
@@ -46,6 +47,7 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
     scale: float = 1.0
     dropout: float = 0.0
     dim: int | None = None
+    bias: bool = True
     kind = "call"
 
     def __post_init__(self) -> None:
@@ -66,13 +68,12 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
         dtype, device = (wide(like.dtype), like.device) if like is not None else (None, None)
         inner = self.size or max(1, width // self.reduction)
         down, up = (
-            nn.Linear(width, inner, dtype=dtype, device=device),
-            nn.Linear(inner, width, dtype=dtype, device=device),
+            nn.Linear(*sides, bias=self.bias, dtype=dtype, device=device) for sides in ((width, inner), (inner, width))
         )
         nn.init.kaiming_uniform_(down.weight, a=5**0.5)
-        nn.init.zeros_(down.bias)
-        nn.init.zeros_(up.weight)
-        nn.init.zeros_(up.bias)
+        for start in (up.weight, down.bias, up.bias):
+            if start is not None:
+                nn.init.zeros_(start)
         parts = {"down": down, "up": up}
         return Tensors({f"{n}_{t}": p.detach() for n, m in parts.items() for t, p in m.named_parameters()})
 
@@ -85,11 +86,15 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
                 f"{p.site.path}: a tensor of shape {tuple(x.shape)} has no channel axis of {width}; pass dim="
             )
         h = x.movedim(1, -1) if channels_first else x
-        weights = [w.to(h.dtype) for w in (p.down_weight, p.down_bias, p.up_weight, p.up_bias)]
-        h = ACTIVATIONS[self.activation](F.linear(h, weights[0], weights[1]))
+        down, up = self.biases(p, h.dtype)
+        h = ACTIVATIONS[self.activation](F.linear(h, p.down_weight.to(h.dtype), down))
         h = F.dropout(h, self.dropout, p.training)
-        h = self.scale * F.linear(h, weights[2], weights[3])
+        h = self.scale * F.linear(h, p.up_weight.to(h.dtype), up)
         return h.movedim(-1, 1) if channels_first else h
+
+    def biases(self, p: Delta, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Those of down and up, None where there are none."""
+        return (p.down_bias.to(dtype), p.up_bias.to(dtype)) if self.bias else (None, None)
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)

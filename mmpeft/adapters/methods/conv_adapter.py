@@ -30,10 +30,11 @@ from mmpeft.errors import ConfigError
 
 @dataclass(frozen=True)
 class ConvAdapter(Bottleneck, name="conv_adapter"):
-    """Serial bottleneck with a depthwise `kernel` x `kernel` convolution between its two projections.
+    """Serial bottleneck with a depthwise `kernel` x `kernel` convolution between its two projections, of the kind of
+    Conv-Adapter (arXiv 2208.07463).
 
     Args:
-        size, reduction, activation, scale, dropout, dim: as in `Bottleneck`.
+        size, reduction, activation, scale, dropout, dim, bias: as in `Bottleneck`; `bias` is the kernel's too.
         kernel: side of the convolution; odd, so that the map keeps its size.
         grid: (rows, columns) of the tokens of a picture; None: a square.
         prefix: leading tokens that have no place on the grid.
@@ -63,15 +64,15 @@ class ConvAdapter(Bottleneck, name="conv_adapter"):
         inner = tensors["down_weight"].shape[0]
         like = tensors["down_weight"]
         conv = nn.Conv2d(inner, inner, self.kernel, groups=inner, dtype=like.dtype, device=like.device)
-        bias = torch.zeros(inner, dtype=like.dtype, device=like.device)
-        return Tensors(tensors | {"conv_weight": conv.weight.detach(), "conv_bias": bias})
+        bias = {"conv_bias": torch.zeros(inner, dtype=like.dtype, device=like.device)} if self.bias else {}
+        return Tensors(tensors | {"conv_weight": conv.weight.detach(), **bias})
 
     def update(self, x: Tensor, p: Delta) -> Tensor:
         """[B, C, h, w] or [B, T, C] -> the same shape, in x's dtype."""
         width = p.down_weight.shape[1]
-        down, down_bias, conv, conv_bias, up, up_bias = (
-            t.to(x.dtype) for t in (p.down_weight, p.down_bias, p.conv_weight, p.conv_bias, p.up_weight, p.up_bias)
-        )
+        down, conv, up = (t.to(x.dtype) for t in (p.down_weight, p.conv_weight, p.up_weight))
+        down_bias, up_bias = self.biases(p, x.dtype)
+        conv_bias = p.conv_bias.to(x.dtype) if self.bias else None
         act = ACTIVATIONS[self.activation]
         if x.ndim == 4 and x.shape[1] == width:
             h = act(F.conv2d(x, down[:, :, None, None], down_bias))
@@ -83,7 +84,8 @@ class ConvAdapter(Bottleneck, name="conv_adapter"):
         lead, cells = h[:, : self.prefix], h[:, self.prefix :]
         cells = cells.transpose(1, 2).reshape(len(x), -1, rows, columns)
         cells = F.conv2d(cells, conv, conv_bias, padding=self.kernel // 2, groups=conv.shape[0])
-        lead = lead * conv[:, 0, self.kernel // 2, self.kernel // 2] + conv_bias
+        lead = lead * conv[:, 0, self.kernel // 2, self.kernel // 2]
+        lead = lead if conv_bias is None else lead + conv_bias
         h = F.dropout(act(torch.cat([lead, cells.flatten(2).transpose(1, 2)], dim=1)), self.dropout, p.training)
         return self.scale * F.linear(h, up, up_bias)
 

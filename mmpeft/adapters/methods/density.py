@@ -24,12 +24,13 @@ from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
 from mmpeft.adapters.methods.bottleneck import first_tensor
 from mmpeft.adapters.methods.low_rank import one_of
 from mmpeft.adapters.pattern import select
+from mmpeft.adapters.selection.controller import Controller
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import SLOT, sites_of
 from mmpeft.errors import ConfigError, NameNotFound
 
 
-class Density:
+class Density(Controller):
     """Collects, within a `with`, the inputs of the layers that a pattern matches: the inner activations of the
     feed-forwards whose second layers they are.
 
@@ -61,6 +62,9 @@ class Density:
         self.approximation, self.sharpness = approximation, sharpness
         self.seen: dict[str, list[Tensor]] = {}
         self.hooks: list[Any] = []
+
+    def watch(self) -> Density:
+        return self
 
     def __enter__(self) -> Density:
         self.seen = {path: [] for path in self.modules}

@@ -8,7 +8,7 @@ is a `Sparse` adapter:
     gates = mmpeft.DiffGates(model, "a")
     each step:  gates.draw(); loss = task(model) + 1e-7 * gates.penalty(); ...
     gates.harden(density=0.005)          # the adapter "a" now holds the largest 0.5 % of z * w; train on, with fixed
-                                         places
+                                         # places. Or DiffGates(density=0.005, at=1000) in mmpeft.tasks.StepControl
 
 Choice: a gate's noise is drawn by `draw`, not by reading the weight, so that all reads of one forward, and its
 recomputation, see the same gates; without noise, and in eval, z is the distribution's median.
@@ -26,18 +26,20 @@ from mmpeft.adapters.attach import detach
 from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
 from mmpeft.adapters.methods.sparse import Sparse, attach_placed, exact, sparse_deltas
 from mmpeft.adapters.plan import Rule
-from mmpeft.adapters.selection.criteria import top
+from mmpeft.adapters.selection.criteria import check_share, top
+from mmpeft.adapters.selection.hold import Held, Holding, label
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
 
 LOW, HIGH = -1.5, 1.5  # the stretched interval of the paper
+OPEN = 9.0  # a location at which z is 1
 
 
 @dataclass(frozen=True)
 class DiffPruning(Method, name="diff-pruning", aliases=("diff_pruning", "u-diff", "s-diff")):
-    """`W' = W + z * w`, w 0 at the start (arXiv 2012.07463); trained: w and alpha, and one alpha a matrix with
-    `structured`.
+    """`W' = W + z * w`, w 0 at the start (arXiv 2012.07463; the survey's "U-Diff", and "S-Diff" with `structured`);
+    trained: w and alpha, and one alpha a matrix with `structured`.
 
     Args:
         structured: multiply by a gate of the whole matrix too ("S-Diff").
@@ -84,11 +86,34 @@ def probability_open(location: Tensor) -> Tensor:
     return torch.sigmoid(location - log(-LOW / HIGH))
 
 
-class DiffGates:
-    """Draws, penalises and finally hardens the gates of a DiffPruning adapter."""
+class DiffGates(Holding):
+    """Draws, penalises and finally hardens the gates of a DiffPruning adapter.
 
-    def __init__(self, model: nn.Module, name: str = "default", *, seed: int = 0) -> None:
-        self.model, self.name = model, name
+    Args:
+        density: share of the entries that are left when a training loop ends; None leaves the gates.
+        at: step from which only those learn, their gates open; None is the end.
+
+    Raises:
+        ConfigError: another method in the adapter, numbers out of range, or `at` without a density.
+    """
+
+    KEEPS = ("steps", "held", "generator")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "default",
+        *,
+        seed: int = 0,
+        density: float | None = None,
+        at: int | None = None,
+    ) -> None:
+        super().__init__(model, at=at, name=name)
+        if density is not None:
+            check_share(density)
+        elif at is not None:
+            raise ConfigError(f"at {at} without a density; give the share of entries that are left")
+        self.density, self.reshapes = density, density is not None
         found = sites_of(model, Method, name)
         self.deltas = [d for d in found if isinstance(d.method, DiffPruning)]
         if not self.deltas or len(self.deltas) < len(found):
@@ -99,10 +124,13 @@ class DiffGates:
 
     @torch.no_grad()
     def draw(self) -> None:
-        """New logistic noise for every gate; once a step, before the forward."""
+        """New logistic noise for every gate; once a step, before the forward. None once the gates are open for good."""
+        super().draw()
         for d in self.deltas:
             for n, p in d.named_parameters():
-                if n.startswith("noise"):
+                if n.startswith("noise") and self.held:
+                    p.zero_()
+                elif n.startswith("noise"):
                     draw_noise(p, self.generator)
 
     def penalty(self) -> Tensor:
@@ -115,20 +143,30 @@ class DiffGates:
             total = total.to(open_) + open_.sum()
         return total
 
+    def choose(self) -> Held:
+        assert self.density is not None
+        final, places = self._largest(self.density)
+        held: Held = {}
+        for d in self.deltas:
+            free = torch.zeros(d.w.numel(), dtype=torch.bool, device=d.w.device)
+            if d.site.name in places:
+                free[places[d.site.name]] = True
+            d.w.copy_(final[d.site.name])
+            held[label(d, "w")] = (free.view(d.w.shape), torch.zeros_like(d.w))
+            for n in [n for n in d.trained if n != "w"]:
+                alpha = getattr(d, n)
+                held[label(d, n)] = (torch.zeros_like(alpha, dtype=torch.bool), torch.full_like(alpha, OPEN))
+        return held
+
+    def close(self) -> None:
+        if self.density is not None:
+            self.harden(self.density)
+
     def harden(self, density: float) -> nn.Module:
         """Replace the adapter by a `Sparse` one of the same name with the `density` of all entries whose z * w is
         largest."""
-        if not 0 < density <= 1:
-            raise ConfigError(f"density {density}; expected 0 < density <= 1")
-        with torch.no_grad():
-            training = {d: d.training for d in self.deltas}
-            for d in self.deltas:
-                d.eval()
-            final = {d.site.name: d.method.update(d).clone() for d in self.deltas if isinstance(d.method, DiffPruning)}
-            for d, mode in training.items():
-                d.train(mode)
-        total = sum(t.numel() for t in final.values())
-        places = top({n: t.abs() for n, t in final.items()}, max(1, round(density * total)))
+        check_share(density)
+        final, places = self._largest(density)
         rules = [
             Rule(exact(d.site), (Sparse(count=len(places[d.site.name])),)) for d in self.deltas if d.site.name in places
         ]
@@ -138,3 +176,15 @@ class DiffGates:
             for d in sparse_deltas(self.model, self.name):
                 d.value.copy_(final[d.site.name].flatten()[places[d.site.name]])
         return self.model
+
+    def _largest(self, density: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(z * w of every site without noise, the flat places of the largest of all)."""
+        with torch.no_grad():
+            training = {d: d.training for d in self.deltas}
+            for d in self.deltas:
+                d.eval()
+            final = {d.site.name: d.method.update(d).clone() for d in self.deltas if isinstance(d.method, DiffPruning)}
+            for d, mode in training.items():
+                d.train(mode)
+        total = sum(t.numel() for t in final.values())
+        return final, top({n: t.abs() for n, t in final.items()}, max(1, round(density * total)))

@@ -8,7 +8,7 @@
                "SLoRA".
     IncreLoRA  Zhang et al. 2023, arXiv 2308.12043: P diag(lam) Q grown one triplet at a time where it matters.
     AutoLoRA   Zhang et al. 2024, arXiv 2403.09113: rank-one parts weighted on a simplex that a validation split learns.
-    CapaBoost  Song et al. 2024: tied weights under fixed random masks add up to a higher rank. (The survey says it
+    CapaBoost  Song et al. 2024, arXiv 2407.01320: tied weights under fixed random masks add up to a higher rank. (The survey says it
                chooses the rank; it chooses nothing.)
 
 Which components are in use is data of the adapter (`mask`, `size`, zeros of `g`), so it is in the file; `compact` of
@@ -212,7 +212,8 @@ class AutoLoRA(Elastic, name="autolora"):
 @dataclass(frozen=True)
 class CapaBoost(LowRank, name="capaboost", aliases=("capabooster",)):
     """`W' = W + alpha / rank * sum_j (B * N_j)(A * M_j)`, j = 1..d, over one pair A, B and fixed random masks M_j
-    [rank, in], N_j [out, rank] (Song et al., ICLR 2024); rank up to d rank from rank (in + out) parameters.
+    [rank, in], N_j [out, rank] (Song et al., arXiv 2407.01320; also called CapaBooster); rank up to d rank from rank (in +
+    out) parameters.
 
     Args:
         d: number of masked copies.

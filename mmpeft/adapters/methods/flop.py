@@ -4,6 +4,7 @@ diagonal G under hard-concrete gates.
     mmpeft.attach(model, {"encoder.**": mmpeft.FLOP()}, name="a")
     gates = mmpeft.FLOPGates(model, sparsity=0.5, steps=2000)
     each step:  gates.draw(); loss = task(model) + gates.penalty(); ...; optimizer.step(); gates.step()
+                                     # or the callback mmpeft.tasks.StepControl
     mmpeft.compact(model)            # P, Q and G of what is left; nothing of the base weight is used any more
 
 The penalty is the paper's augmented Lagrangian, l1 (s - t) + l2 (s - t)^2 with s the expected share of components that
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Context, Delta, Factors, Tensors, wide, zeros
 from mmpeft.adapters.methods.diff_pruning import draw_noise, gate, probability_open
 from mmpeft.adapters.methods.dynamic_rank import Elastic
+from mmpeft.adapters.selection.controller import Controller
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
@@ -74,7 +76,7 @@ class FLOP(Elastic, name="flop"):
         return gate(p.alpha) > 0
 
 
-class FLOPGates:
+class FLOPGates(Controller):
     """Draws the gates of every FLOP site and drives the share of closed ones to a target.
 
     Args:
@@ -85,6 +87,9 @@ class FLOPGates:
     Raises:
         ConfigError: there is no FLOP site, or numbers out of range.
     """
+
+    KEEPS = ("steps", "l1", "l2", "generator")
+    measure = "closed"
 
     def __init__(
         self, model: nn.Module, *, sparsity: float, steps: int, lr: float = 0.1, seed: int = 0, name: str | None = None

@@ -2,6 +2,7 @@
 
     Mixout   Lee et al. 2020, arXiv 1909.11299: in training, entries go back to their pretrained values at random
     r3f      Aghajanyan et al. 2020, arXiv 2008.03156: outputs must not change under small noise of the embeddings
+    one_off_drop   a baseline of gradient-mask tuning (Li et al. 2024, arXiv 2406.15330): the smallest changes go back, once
     HiWi     Liao et al. 2023, arXiv 2305.16742: a bottleneck applied to a pretrained bias or weight, not to activations
 
 RecAdam, which pulls towards the start in the optimizer, is `mmpeft.tasks.RecAdam`.
@@ -21,8 +22,9 @@ from mmpeft.adapters.method import Context, Delta, Method, Tensors, zeros
 from mmpeft.adapters.methods.bottleneck import ACTIVATIONS, Activation
 from mmpeft.adapters.methods.low_rank import at_least, kaiming, one_of
 from mmpeft.adapters.methods.selective import BitFit, Full
-from mmpeft.adapters.site import Site, matrix_tensors
-from mmpeft.adapters.state import sites_of
+from mmpeft.adapters.selection.criteria import top
+from mmpeft.adapters.site import Site, matrix_tensors, slice_rows
+from mmpeft.adapters.state import sites_of, slots
 from mmpeft.errors import ConfigError
 
 
@@ -60,6 +62,33 @@ def draw_mixout(model: nn.Module, generator: torch.Generator, *, name: str | Non
     """
     for d in sites_of(model, Mixout, name):
         d.M.copy_(torch.rand(d.M.shape, generator=generator) >= d.method.p)
+
+
+@torch.no_grad()
+def one_off_drop(model: nn.Module, keep: float, *, name: str = "default") -> int:
+    """After a run with `"full"`: of all its numbers, the `keep` share that changed most stay and the others go back to the
+    base; returns how many stay. ("One-off drop" of arXiv 2406.15330; that the size of the change decides is our reading.)
+
+    Raises:
+        ConfigError: `keep` is no share, or the adapter has no `Full` site.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"keep {keep}; expected 0 < keep <= 1")
+    found = [(o, d) for _, o, s in slots(model) for _, d in s.deltas((name,)) if isinstance(d.method, Full)]
+    if not found:
+        raise ConfigError(f"adapter {name!r} has no site that is trained in full")
+    starts: dict[str, Tensor] = {}
+    for owner, d in found:
+        stored = owner._parameters[d.site.tensor]
+        assert stored is not None and d.site.layout is not None
+        starts[d.site.name] = slice_rows(d.site.layout.to_matrix(stored.detach()), d.site.rows).to(d.value.dtype)
+    total = sum(t.numel() for t in starts.values())
+    chosen = top({d.site.name: (d.value - starts[d.site.name]).abs() for _, d in found}, max(1, round(keep * total)))
+    for _, d in found:
+        kept = torch.zeros(d.value.numel(), dtype=torch.bool, device=d.value.device)
+        kept[chosen.get(d.site.name, [])] = True
+        d.value.copy_(torch.where(kept.view(d.value.shape), d.value, starts[d.site.name]))
+    return sum(len(places) for places in chosen.values())
 
 
 def r3f(

@@ -127,9 +127,10 @@ class LoKr(Ranked, name="lokr"):
 
 
 @dataclass(frozen=True)
-class KAdaptation(Ranked, name="kadaptation", aliases=("kadaption",)):
+class KAdaptation(Ranked, name="kadaptation", aliases=("kadaption", "k adaption")):
     """`W' = W + sum_{j<t} A_j (x) (u_j v_j)`: A_j [t, t] shared by the rule's sites ("slow weights"), u_j [out / t,
-    rank], v_j [rank, in / t] of each site (arXiv 2203.16329). Parameters: t^3 + sum over sites of rank (in + out).
+    rank], v_j [rank, in / t] of each site (arXiv 2203.16329; the survey's "K Adaption" and "KAdaption"). Parameters: t^3 +
+    sum over sites of rank (in + out).
 
     Start: A_j N(0, 0.01) (as Compacter's), u_j Xavier, v_j 0. As a low-rank pair it has rank t^2 `rank`, which runs
     beside the frozen call where that is no more than min(out, in).

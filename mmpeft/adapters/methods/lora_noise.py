@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Context, Delta, Factors, Tensors, zeros
 from mmpeft.adapters.methods.dynamic_rank import Elastic
 from mmpeft.adapters.methods.low_rank import LowRank, at_least, kaiming
+from mmpeft.adapters.selection.controller import Controller, Loop, seeded
 from mmpeft.adapters.selection.rank import Sites
 from mmpeft.adapters.site import Site
-from mmpeft.adapters.state import slots, state_of
+from mmpeft.adapters.state import sites_of, slots, state_of
 from mmpeft.errors import ConfigError
 
 
@@ -116,10 +117,10 @@ def mask_ensemble(model: nn.Module, predict: Callable[[], Tensor], *, samples: i
 
 
 @dataclass(frozen=True)
-class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclora", "predict-lora")):
+class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclora", "predict-lora", "predict lora")):
     """`W' = W + alpha / rank * (B A + sum_k B_k A_k)`: one pair is trained, the pairs of earlier stages are unloaded
-    beside W (arXiv 2402.16141); rank (in + out) trained parameters, stages times as many kept. The survey's "Predict
-    LoRA".
+    beside W (arXiv 2402.16141); rank (in + out) trained parameters, stages times as many kept. PLoRA for short; the survey's
+    "Predict LoRA".
 
     The paper adds the pair to W itself; here the sum is kept in the adapter, so that the base stays what it was.
 
@@ -191,6 +192,56 @@ def unload(
     return stage + 1
 
 
+class Unloads(Controller):
+    """`unload` after every so many optimizer steps, in any training loop.
+
+    Args:
+        every: steps of a stage.
+        momentum: as in `unload`.
+        seed: of the new A of each stage.
+
+    Raises:
+        ConfigError: there is no PeriodicLoRA, numbers out of range, or the run is longer than its stages.
+    """
+
+    KEEPS = ("steps",)
+    kind: ClassVar[type[PeriodicLoRA]] = PeriodicLoRA
+
+    def __init__(
+        self, model: nn.Module, *, every: int, momentum: float = 0.0, seed: int = 0, name: str | None = None
+    ) -> None:
+        if every < 1 or not 0 <= momentum < 1:
+            raise ConfigError(f"every {every}, momentum {momentum}; expected >= 1, in [0, 1)")
+        self.deltas: list[Delta] = sites_of(model, self.kind, name)
+        self.model, self.every, self.momentum, self.seed, self.name, self.steps = model, every, momentum, seed, name, 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The loop's."""
+        if self.loop.optimizer is None:
+            raise ConfigError(f"{type(self).__name__} needs the loop's optimizer (`join`)")
+        return self.loop.optimizer
+
+    def join(self, loop: Loop) -> None:
+        super().join(loop)
+        stages = min(d.method.stages for d in self.deltas if isinstance(d.method, PeriodicLoRA))
+        if loop.total is not None and loop.total // self.every > stages:
+            raise ConfigError(
+                f"{loop.total} steps, {self.every} a stage, make {loop.total // self.every} stages; the plan has "
+                f"stages={stages}"
+            )
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps % self.every == 0:
+            with seeded(self.seed * 1_000_003 + self.steps, self.model):
+                self.end_stage()
+
+    def end_stage(self) -> None:
+        """What happens at the end of one."""
+        unload(self.model, name=self.name, momentum=self.momentum, optimizer=self.optimizer)
+
+
 def orthogonal_penalty(model: nn.Module, new: str, old: Sequence[str]) -> Tensor:
     """O-LoRA's sum over sites and earlier adapters of ||A_old A_new^T||^2, to be added to the loss of task `new`
     (arXiv 2310.14152): rows of A span an adapter's input subspace. Old adapters should be active beside the new one and
@@ -198,7 +249,8 @@ def orthogonal_penalty(model: nn.Module, new: str, old: Sequence[str]) -> Tensor
 
     Raises:
         NameNotFound: an adapter the model does not have.
-        ConfigError: the adapters share no site with a matrix A.
+        ConfigError: the adapters share no site with a matrix A, or an A is none of rank rows over the inputs, or the new
+            one is not trained (LoRA-FA, VeRA).
     """
     state_of(model).check_names([new, *old])
     total: Tensor | None = None
@@ -206,7 +258,11 @@ def orthogonal_penalty(model: nn.Module, new: str, old: Sequence[str]) -> Tensor
         mine = {d.site.name: d for _, d in slot.deltas((new,)) if "A" in d._parameters}
         for _, d in slot.deltas(tuple(old)):
             if d.site.name in mine and "A" in d._parameters:
-                here = (d.A.detach() @ mine[d.site.name].A.mT).square().sum()
+                fresh = mine[d.site.name]
+                if "A" not in fresh.trained or any(e.A.shape[-1] != e.site.shape[-1] for e in (d, fresh)):
+                    kinds = f"{d.method.name} and {fresh.method.name}"
+                    raise ConfigError(f"{d.site.name}: O-LoRA needs A [rank, in], trained in {new!r}; not so in {kinds}")
+                here = (d.A.detach() @ fresh.A.mT).square().sum()
                 total = here if total is None else total + here
     if total is None:
         raise ConfigError(f"adapters {new!r} and {', '.join(old)} share no low-rank site")

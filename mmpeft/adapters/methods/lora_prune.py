@@ -3,6 +3,7 @@
     LoRAPrune     Zhang et al. 2024, arXiv 2305.18403: structured masks on W + B A, scored by LoRA's gradients alone
     drop_below    Rueckle et al. 2021, arXiv 2010.11918 (AdapterDrop): no adapter in the first n layers, for a while;
                   `drop_sites(model, lambda site: layer_of(site) < n)` of `compact.py` does it for good
+    AdapterDrop   trains for that: n drawn anew in every step
 
 The mask of a LoRAPrune site is in its adapter, so the base stays whole and `use(model, None)` is unpruned. Channels
 that are pruned are zero; cutting them out of the network's other layers is not done here.
@@ -12,15 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Factors, Tensors, zeros
 from mmpeft.adapters.methods.low_rank import LowRank, check_divides, check_matrix, one_of
+from mmpeft.adapters.selection.controller import Controller
 from mmpeft.adapters.selection.criteria import cubic, smooth
 from mmpeft.adapters.site import Site, slice_rows
 from mmpeft.adapters.state import slots, state_of
@@ -60,7 +62,7 @@ class LoRAPrune(LowRank, name="loraprune", aliases=("lora-prune",)):
         return Factors(p.A * p.mask, p.B, self.scale, col=p.mask)
 
 
-class LoRAPruner:
+class LoRAPruner(Controller):
     """Iterative pruning: after each optimizer step (gradients still there) importances are averaged, and the least
     important groups of each site are masked, to a share that rises cubically to `sparsity` between two steps.
 
@@ -78,6 +80,9 @@ class LoRAPruner:
         ConfigError: no LoRAPrune site, values out of range, or tied sites with different numbers of groups.
         NameNotFound: a tied name that is no LoRAPrune site.
     """
+
+    KEEPS: ClassVar[tuple[str, ...]] = ("steps", "scores")
+    measure = "masked"
 
     def __init__(
         self,
@@ -195,3 +200,38 @@ def drop_below(model: nn.Module, n: int, *, name: str | None = None) -> Iterator
             slot._modules.clear()
             slot._modules.update(before)
             slot.cache = {}  # type: ignore[assignment]
+
+
+class AdapterDrop(Controller):
+    """AdapterDrop's training: in every step the adapter is not there in the first n layers, n drawn from 0 to `most`, so
+    that any number of them can be left out afterwards.
+
+    Args:
+        most: layers left out at most, fewer than the adapter has.
+        name: as in `drop_below`.
+
+    Raises:
+        ConfigError: `most` is out of range.
+    """
+
+    KEEPS = ("steps",)
+    measure = "dropped"
+
+    def __init__(self, model: nn.Module, *, most: int, seed: int = 0, name: str | None = None) -> None:
+        names = None if name is None else (name,)
+        layers = {layer_of(d.site) for _, _, s in slots(model) for _, d in s.deltas(names)} - {None}
+        if not 1 <= most < len(layers):
+            raise ConfigError(f"most {most} of {len(layers)} layers; expected 1 or more, and not all")
+        self.model, self.most, self.seed, self.name, self.steps, self.n = model, most, seed, name, 0, 0
+        self.layers = sorted(n for n in layers if n is not None)
+
+    def draw(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
+        self.n = int(torch.randint(self.most + 1, (), generator=generator))
+
+    def watch(self) -> AbstractContextManager[Any]:
+        return drop_below(self.model, self.layers[self.n], name=self.name) if self.n else nullcontext()
+
+    def step(self) -> float:
+        self.steps += 1
+        return float(self.n)

@@ -33,7 +33,7 @@ class PHMAdapter(Bottleneck, name="phm"):
     parameters a site, or n^3 once for all sites with `share`.
 
     Args:
-        size, reduction, activation, scale, dropout, dim: as in `Bottleneck`; n divides both widths.
+        size, reduction, activation, scale, dropout, dim, bias: as in `Bottleneck`; n divides both widths.
         n: number of products and size of the A_j.
         share: one set of A_j for all projections of the adapter.
     """
@@ -57,8 +57,9 @@ class PHMAdapter(Bottleneck, name="phm"):
                 raise ConfigError(
                     f"n {self.n} at {site.path} does not divide the widths {into} and {out} of its {part} projection"
                 )
-            like = plain[f"{part}_bias"]
-            tensors[f"{part}_bias"] = like
+            like = plain[f"{part}_weight"]
+            if self.bias:
+                tensors[f"{part}_bias"] = plain[f"{part}_bias"]
             tensors |= {f"{part}_{name}": t for name, t in self.factor(out, into, part == "up", like).items()}
             key = (self.name, self.n) if self.share else (self.name, site.path, part)
             if key in context.shared:
@@ -82,17 +83,19 @@ class PHMAdapter(Bottleneck, name="phm"):
         for part in ("down", "up"):
             A = cast(Tensor, p._parameters[f"{part}_A"])
             weights[f"{part}_weight"] = kron(A, self.blocks(p, part)).sum(0)
-            weights[f"{part}_bias"] = p._parameters[f"{part}_bias"]
+            if self.bias:
+                weights[f"{part}_bias"] = p._parameters[f"{part}_bias"]
         return super().update(x, cast(Delta, SimpleNamespace(**weights)))
 
     def flops(self, site: Site, tensors: Mapping[str, Tensor]) -> int:
-        return 4 * tensors["down_bias"].numel() * tensors["up_bias"].numel()
+        return 4 * self.n * tensors["down_B"].numel()  # W is formed: 2 m d of each projection
 
 
 @dataclass(frozen=True)
 class Compacter(PHMAdapter, name="compacter", aliases=("compactor", "compacter++")):
-    """Compacter (arXiv 2106.04647): B_j = s_j t_j with s_j [out / n, rank], t_j [rank, in / n] Xavier, A_j N(0, 0.01)
-    and shared. Parameters a site: 2 rank (m + d) + m + d, and n^3 once. (RoBERTa-base, both places: 57,088.)
+    """Compacter (arXiv 2106.04647; the survey's "Compactor"): B_j = s_j t_j with s_j [out / n, rank], t_j [rank, in / n]
+    Xavier, A_j N(0, 0.01) and shared. Parameters a site: 2 rank (m + d) + m + d, and n^3 once. (RoBERTa-base, both
+    places: 57,088; Compacter++, after the feed-forward alone: 28,576.)
 
     Args:
         rank: of the B_j.
@@ -113,3 +116,6 @@ class Compacter(PHMAdapter, name="compacter", aliases=("compactor", "compacter++
 
     def blocks(self, p: Delta, part: str) -> Tensor:
         return torch.matmul(*(cast(Tensor, p._parameters[f"{part}_{name}"]) for name in ("s", "t")))
+
+    def flops(self, site: Site, tensors: Mapping[str, Tensor]) -> int:
+        return 4 * tensors["down_s"].numel() * tensors["down_t"].numel() // self.rank**2

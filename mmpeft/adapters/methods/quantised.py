@@ -20,7 +20,7 @@ from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, wid
 from mmpeft.adapters.methods.low_rank import LowRank, check_divides, check_matrix, kaiming
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import slots, state_of
-from mmpeft.adapters.storage.integer import Int, pack
+from mmpeft.adapters.storage.integer import SMALLEST, Int, pack
 from mmpeft.adapters.storage.packed_weight import PackedWeight
 from mmpeft.errors import ConfigError, Unsupported
 
@@ -78,10 +78,13 @@ def merge_qalora(model: nn.Module, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PEQA(Method, name="peqa"):
-    """`W' = (s + ds) (W_int - z)`: the integers of the base stay and their scales are trained (arXiv 2305.14152); one
-    number a row, or a group of a row. Only on a base packed by `Int`, whose scales it starts from.
+    """`W' = (s + ds) (W_int - z)`: the integers and zero points of the base stay and their scales are trained (arXiv
+    2305.14152); one number a row, or a group of a row. Only on a base packed by `Int`, symmetric (z = 0) or affine,
+    whose scales it starts from.
 
-    With one scale a row it is a row factor and runs beside the packed call; with groups W' is formed.
+    Since W = s (W_int - z), W' = (1 + ds / s) W. With one scale a row it is a row factor and runs beside the packed
+    call; with groups W' is formed. Choice: a group of equal numbers has no scale of its own (W_int is 0 and any s
+    describes it), and s is their size.
 
     Args:
         group: columns that share a scale; must be the base's. None is a row.
@@ -91,6 +94,8 @@ class PEQA(Method, name="peqa"):
 
     def check(self, site: Site) -> None:
         check_matrix(self, site)
+        if site.rows is not None:
+            raise Unsupported(f"{site.name}: PEQA trains the scales of whole weights; match the module without [roles]")
         if self.group is not None:
             check_divides("group", site.shape[-1], self.group, "columns", site)
 
@@ -102,13 +107,15 @@ class PEQA(Method, name="peqa"):
         else:
             stored = context.module._parameters.get(site.tensor)
             grid = stored.scheme if isinstance(stored, PackedWeight) else None
-            if not isinstance(grid, Int) or grid.affine or grid.group != self.group or site.rows is not None:
+            if not isinstance(grid, Int) or grid.group != self.group:
                 raise ConfigError(
                     f"PEQA(group={self.group}) at {site.name} trains scales of integers, and the base is "
                     f"{grid or 'dense'}; call mmpeft.quantise(model, ..., Int(bits, group={self.group})) first"
                 )
             assert isinstance(stored, PackedWeight)
             s = stored.packed["scale"].to(wide(base.dtype), copy=True)
+            level = stored.packed["zero"].to(s).abs() if grid.affine else torch.zeros_like(s)
+            s = torch.where(s > SMALLEST, s, torch.where(level > 0, level, 1))
         return Tensors({"ds": torch.zeros_like(s)}, derived={"s": s})
 
     def weight(self, W: Tensor, p: Delta) -> Tensor:

@@ -5,7 +5,7 @@ the learning rate climbs back from 0 in a few steps: the rank of the sum grows b
 
     mmpeft.attach(model, {"model.layers.**": mmpeft.ReLoRA(rank=16, stages=8)})
     factor = mmpeft.Jagged(every=500, warmup=50, total=4000)          # for LambdaLR
-    every 500 steps:  mmpeft.restart(model, optimizer)                # or the callback mmpeft.tasks.ReLoRARestart
+    every 500 steps:  mmpeft.restart(model, optimizer)                # or Restarts, in any training loop
 
 As in PeriodicLoRA, what is added stays in the adapter and the base keeps its bits; what differs is the regime.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
-from mmpeft.adapters.methods.lora_noise import PeriodicLoRA, unload
+from mmpeft.adapters.methods.lora_noise import PeriodicLoRA, Unloads, unload
 from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
 
@@ -81,3 +81,42 @@ class Jagged:
     def __call__(self, step: int) -> float:
         cosine = (1 + math.cos(math.pi * min(1.0, step / self.total))) / 2
         return (self.final + (1 - self.final) * cosine) * self.ramp(step)
+
+
+class Restarts(Unloads):
+    """`restart` after every so many optimizer steps; the learning rate then climbs back in a few steps, under the loop's
+    own schedule as the envelope.
+
+    Args:
+        every: steps between restarts.
+        warmup: steps of the climb, also at the start; fewer than `every`.
+        keep: as in `restart`.
+        seed: of the new A of each stage.
+
+    Raises:
+        ConfigError: as `Unloads`, or numbers out of range.
+    """
+
+    kind = ReLoRA
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int,
+        warmup: int = 10,
+        keep: float = 0.01,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        if not 0 <= keep <= 1:
+            raise ConfigError(f"keep {keep}; expected 0 <= keep <= 1")
+        super().__init__(model, every=every, seed=seed, name=name)
+        self.jagged, self.keep = Jagged(every, warmup, total=1), keep
+
+    def before_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.jagged.ramp(self.steps)  # the scheduler sets it anew for the next step
+
+    def end_stage(self) -> None:
+        restart(self.model, self.optimizer, keep=self.keep, name=self.name)

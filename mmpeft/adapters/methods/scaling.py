@@ -1,4 +1,8 @@
-"""Scaling methods: learned gains on activations, written as row or column scales of the weight that makes them."""
+"""Scaling methods: learned gains on activations, written as row or column scales of the weight that makes them.
+
+IA3            Liu et al. 2022, arXiv 2205.05638
+t_few_losses   the two losses that T-Few, the recipe of the same paper, adds to the likelihood of the answer
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, wide
@@ -78,3 +83,34 @@ def input_gains(gains: Tensor, site: Site) -> Tensor:
     gains = gains.view(groups, -1)  # each group's own input channels, then one column a kernel tap
     gains = gains.repeat_interleave(into // gains.shape[1], 1)
     return gains if groups == 1 else gains.repeat_interleave(out // groups, 0)
+
+
+def t_few_losses(log_probs: Tensor, mask: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """T-Few's unlikelihood and length-normalised losses (arXiv 2205.05638), each the mean over the batch, to be added to the
+    likelihood loss of the answer:
+
+        unlikelihood        - sum over wrong choices and their tokens of log(1 - p) / number of these tokens
+        length-normalised   cross-entropy of the answer among the choices, each scored by its mean log p
+
+    Args:
+        log_probs: log p of every token of every choice given those before it, [B, choices, T].
+        mask: which are tokens of the choice and not padding, [B, choices, T] bool.
+        answer: the right choice of each example [B].
+
+    Raises:
+        ConfigError: shapes that do not fit, or a choice without a token.
+    """
+    if log_probs.ndim != 3 or mask.shape != log_probs.shape or answer.shape != log_probs.shape[:1]:
+        raise ConfigError(
+            f"log_probs {tuple(log_probs.shape)}, mask {tuple(mask.shape)}, answer {tuple(answer.shape)}; expected "
+            "[B, choices, T] twice and [B]"
+        )
+    lengths = mask.sum(-1)
+    if not bool(lengths.all()):
+        raise ConfigError("a choice has no token")
+    wrong = mask & ~F.one_hot(answer, log_probs.shape[1]).bool().unsqueeze(-1)
+    # log(1 - p) = log(-expm1(log p)), finite where p rounds to 1.
+    other = torch.log((-torch.expm1(log_probs)).clamp_min(torch.finfo(log_probs.dtype).eps))
+    unlikelihood = -torch.where(wrong, other, 0).sum((1, 2)) / wrong.sum((1, 2)).clamp_min(1)
+    scores = torch.where(mask, log_probs, 0).sum(-1) / lengths
+    return unlikelihood.mean(), F.cross_entropy(scores, answer)

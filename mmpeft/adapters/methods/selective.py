@@ -2,7 +2,8 @@
 
 full       the adapter's own copy of every tensor below the matched module
 BitFit     a delta on each bias (Ben Zaken et al. 2021, arXiv 2106.10199)
-LayerNorm tuning   own gains and biases of normalisation layers (Zhao et al. 2023, arXiv 2312.11420)
+LayerNorm tuning   own gains and biases of normalisation layers (Qi et al. 2022, arXiv 2211.08682; Zhao et al. 2023,
+                   2312.11420)
 RoCoFT     a delta on a few rows or columns of each weight (Kowsher et al. 2024, arXiv 2410.10075)
 """
 
@@ -56,8 +57,9 @@ class VectorDelta(Method):
 
 
 @dataclass(frozen=True)
-class BitFit(VectorDelta, name="bitfit"):
-    """Bias-only tuning, `b' = b + delta` (arXiv 2106.10199). Modules without a bias are passed over."""
+class BitFit(VectorDelta, name="bitfit", aliases=("bias",)):
+    """Bias-only tuning, `b' = b + delta` (arXiv 2106.10199); the survey's tables call it "Bias". Modules without a bias are
+    passed over."""
 
     def tensors(self, path: str, module: nn.Module) -> list[str]:
         return [t for t in vector_tensors(module, ["bias"]) if t.endswith("bias") or t.startswith("bias_")] + [
@@ -66,8 +68,11 @@ class BitFit(VectorDelta, name="bitfit"):
 
 
 @dataclass(frozen=True)
-class LayerNormTuning(VectorDelta, name="layernorm", aliases=("ln_tuning", "norm_tuning")):
-    """Gains and biases of the normalisation layers, each as a delta (arXiv 2312.11420; norm tuning, 2302.01382).
+class LayerNormTuning(
+    VectorDelta, name="layernorm", aliases=("ln_tuning", "norm_tuning", "ln-tuning", "norm-tuning", "lnfit", "ln-tune")
+):
+    """Gains and biases of the normalisation layers, each as a delta (arXiv 2211.08682; 2312.11420 in multimodal models).
+    The survey's tables call it LNFit, LN-Tune, LN-tuning and Norm-Tuning.
 
     Matches any module that is a normalisation: torch's, or a class whose own parameters are one-dimensional and whose
     name ends in "Norm" (RMSNorm, LlamaRMSNorm, LayerNorm2d, ...).

@@ -145,8 +145,8 @@ class ChildTuningD(Sparse, name="child-tuning-d"):
 
 @dataclass(frozen=True)
 class LTSFT(Sparse, name="lt-sft", aliases=("sft", "ltsft")):
-    """Lottery-ticket sparse fine-tuning (arXiv 2110.07560): the entries that a first full run changed most, trained
-    from the original weights. Attach with `attach_selected(model, plan, trained=...)`, the weights after that run."""
+    """Lottery-ticket sparse fine-tuning (arXiv 2110.07560; SFT in the survey's tables): the entries that a first full run
+    changed most, trained from the original weights. Attach with `attach_selected(model, plan, trained=...)`, the weights after that run."""
 
     density: float = 0.05
     criterion: str = "change"
@@ -162,7 +162,8 @@ def attach_selected(
     example: Any = None,
     check: bool = True,
 ) -> nn.Module:
-    """`attach` for plans with `Sparse` methods whose entries are chosen on data, over all sites of a rule together.
+    """`attach` for plans with `Sparse` methods whose entries are chosen on data, over all sites of a rule together; other
+    rules (a head in full, ...) are attached as they are.
 
     The adapter that results records each site's count, so that it saves and loads like any other.
 
@@ -171,7 +172,7 @@ def attach_selected(
         trained: tensors by path after a full fine-tuning run, for the criterion "change".
 
     Raises:
-        ConfigError: a rule whose method is not `Sparse`, or a criterion whose evidence is missing.
+        ConfigError: no rule with one `Sparse` method, or a criterion whose evidence is missing.
     """
     given = Plan.read(plan)
     losses = list(losses)
@@ -179,9 +180,8 @@ def attach_selected(
     chosen: dict[str, Tensor] = {}
     for rule in given.rules:
         if len(rule.methods) != 1 or not isinstance(method := rule.methods[0], Sparse):
-            raise ConfigError(
-                f"rule {rule.match!r}: attach_selected takes Sparse methods (SHiRA, FishMask, PaFi, ...) only"
-            )
+            rules.append(rule)
+            continue
         targets = resolve(model, Plan((rule,)))
         evidence = gather(model, targets, losses, seed=method.seed)
         if trained is not None:
@@ -200,6 +200,8 @@ def attach_selected(
                 counted = replace(method, count=len(picked[site.name]))
                 rules.append(Rule(exact(site), (counted,), rule.lr, rule.weight_decay))
                 chosen[site.name] = picked[site.name]
+    if not chosen:
+        raise ConfigError("attach_selected: no rule has one of the Sparse methods (SHiRA, FishMask, PaFi, ...)")
     return attach_placed(model, rules, chosen, name=name, example=example, check=check)
 
 

@@ -25,7 +25,7 @@ from mmpeft.errors import ConfigError
 @dataclass(frozen=True)
 class SparseRows(Sparse, name="sparse-rows"):
     """`W' = W + delta` on whole rows (output units) or columns of each weight, chosen by the sum of their entries'
-    scores (RoCoFT with any criterion). One matrix a site.
+    scores (RoCoFT, arXiv 2410.10075, with any criterion). One matrix a site.
 
     Args:
         axis: "rows" or "columns".

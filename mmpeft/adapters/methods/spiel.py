@@ -5,6 +5,7 @@ Every so often the entries that changed least since the last move are dropped an
     SpIEL      -AG: where the accumulated gradient of the dense weight is largest; needs a few dense gradients
     SpIELMA    -MA: where the optimizer's own estimate is largest; `SM3` keeps one number a row and one a column, and
                min(row, column) bounds what an entry would have accumulated. Nothing dense is differentiated.
+    SpIELMoves    both on a schedule, in any training loop
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Context, Delta, Tensors
 from mmpeft.adapters.methods.sparse import Sparse
 from mmpeft.adapters.plan import Target
-from mmpeft.adapters.selection.criteria import Losses, criterion, gather
+from mmpeft.adapters.selection.controller import Controller, Loop, Loss
+from mmpeft.adapters.selection.criteria import Evidence, Losses, criterion, gather
 from mmpeft.adapters.selection.sm3 import SM3
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import sites_of
@@ -65,8 +67,7 @@ def spiel_step(
         optimizer: its state of the moved entries is set to 0.
     """
     deltas: list[Delta] = sites_of(model, SpIEL, name)
-    modules = dict(model.named_modules())
-    evidence = gather(model, [Target(0, d.method, d.site, modules[d.site.path]) for d in deltas], losses)
+    evidence = _dense(model, deltas, losses)
     return sum(_move(d, criterion("gradient")(evidence[d.site.name]), share, optimizer) for d in deltas)
 
 
@@ -82,11 +83,74 @@ def spiel_ma_step(model: nn.Module, optimizer: SM3, share: float, *, name: str =
     return sum(_move(d, optimizer.estimate(d.value), share, optimizer) for d in deltas)
 
 
+class SpIELMoves(Controller):
+    """Moves the places of every SpIEL and SpIEL-MA site of an adapter every so many steps, by a share that falls linearly
+    to 0.
+
+    Args:
+        share: of the entries that the first move moves.
+        every: steps between moves.
+        end: step from which no more are made.
+        batches: steps before a move whose batches give the dense gradients of SpIEL sites, by one more forward and
+            backward each.
+
+    Raises:
+        ConfigError: no such site, numbers out of range, or SpIEL-MA without `SM3` in the loop.
+    """
+
+    KEEPS = ("steps", "dense")
+
+    def __init__(
+        self, model: nn.Module, *, share: float, every: int, end: int, batches: int = 1, name: str = "default"
+    ) -> None:
+        if not 0 < share <= 1 or not 1 <= every < end or not 1 <= batches <= every:
+            raise ConfigError(
+                f"share {share}, every {every}, end {end}, batches {batches}; expected share in (0, 1], "
+                "1 <= every < end and batches 1 to every"
+            )
+        self.model, self.share, self.every, self.end, self.batches = model, share, every, end, batches
+        self.deltas: list[Delta] = sites_of(model, Moving, name)
+        self.looking = [d for d in self.deltas if not isinstance(d.method, SpIELMA)]
+        self.steps, self.dense = 0, dict[str, Tensor]()
+
+    def join(self, loop: Loop) -> None:
+        super().join(loop)
+        if len(self.looking) < len(self.deltas) and not isinstance(loop.optimizer, SM3):
+            raise ConfigError(f"SpIEL-MA reads the momenta of SM3; the optimizer is {type(loop.optimizer).__name__}")
+
+    def look(self, loss: Loss) -> None:
+        left = -(self.steps + 1) % self.every  # steps from this one to the last before a move
+        if self.looking and left < self.batches and self.steps + 1 + left < self.end:
+            for site, e in _dense(self.model, self.looking, [loss]).items():
+                assert e.g is not None
+                self.dense[site] = self.dense.get(site, 0) + e.g
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps % self.every or self.steps >= self.end:
+            return
+        optimizer, share = self.loop.optimizer, self.share * (1 - self.steps / self.end)
+        for d in self.deltas:
+            if isinstance(d.method, SpIELMA):
+                assert isinstance(optimizer, SM3)
+                _move(d, optimizer.estimate(d.value), share, optimizer)
+            else:
+                _move(d, self.loop.mean(self.dense[d.site.name]).abs(), share, optimizer)
+        self.dense = {}
+
+
+def _dense(model: nn.Module, deltas: list[Delta], losses: Losses) -> dict[str, Evidence]:
+    """The evidence of the dense weights under sparse sites."""
+    modules = dict(model.named_modules())
+    return gather(model, [Target(0, d.method, d.site, modules[d.site.path]) for d in deltas], losses)
+
+
 def _move(d: Delta, dense: Tensor, share: float, optimizer: torch.optim.Optimizer | None) -> int:
     """Move a share of one site's entries to the largest scores of the dense matrix [*, out, in]."""
     if not 0 <= share <= 1:
         raise ConfigError(f"share {share}; expected 0 <= share <= 1")
-    n = round(share * len(d.index))
+    n = min(round(share * len(d.index)), dense.numel() - len(d.index))  # a dense site has few places left to go to
     drop = (d.value - d.before).abs().argsort()[:n]
     score = dense.flatten().clone()
     score[d.index] = -1  # what is trained already is no candidate, the dropped included

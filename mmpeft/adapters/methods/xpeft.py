@@ -35,7 +35,7 @@ class XPEFT(Bottleneck, name="x-peft"):
         hard: k of the hard mask; None: soft.
         std: of the bank's weights.
         seed: of the bank.
-        size, reduction, activation, scale, dropout, dim: as in `Bottleneck`.
+        size, reduction, activation, scale, dropout, dim, bias: as in `Bottleneck`.
     """
 
     reduction: int = 16
@@ -57,11 +57,11 @@ class XPEFT(Bottleneck, name="x-peft"):
         generator, n = site_seed(self.seed, site), self.adapters
         bank = {
             part: self.std
-            * seeded_normal(n, *plain[f"{part}_weight"].shape, like=plain["up_bias"], generator=generator)
+            * seeded_normal(n, *plain[f"{part}_weight"].shape, like=plain["up_weight"], generator=generator)
             for part in ("down", "up")
         }
-        logits = {part: zeros(n, like=plain["up_bias"]) for part in ("a", "b")}
-        return Tensors(logits, derived={**bank, "down_bias": plain["down_bias"], "up_bias": plain["up_bias"]})
+        logits = {part: zeros(n, like=plain["up_weight"]) for part in ("a", "b")}
+        return Tensors(logits, derived={**bank, **{n: t for n, t in plain.items() if n.endswith("bias")}})
 
     def mask(self, logits: Tensor) -> Tensor:
         """The mask [n] of weights that sum to 1."""
@@ -75,8 +75,7 @@ class XPEFT(Bottleneck, name="x-peft"):
         mixed = SimpleNamespace(
             down_weight=torch.tensordot(self.mask(p.a), p.down, 1),
             up_weight=torch.tensordot(self.mask(p.b), p.up, 1),
-            down_bias=p.down_bias,
-            up_bias=p.up_bias,
+            **{n: getattr(p, n) for n in ("down_bias", "up_bias") if self.bias},
             site=p.site,
             training=p.training,
         )

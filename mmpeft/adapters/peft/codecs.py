@@ -181,12 +181,13 @@ class Pair:
 
 
 def whole_pair(deltas: Sequence[Delta], out: int) -> Pair:
-    """One pair for the whole weight of `out` rows from its LoRA deltas: one, or one a row slice."""
+    """One pair for the whole weight of `out` rows from its deltas of LoRA and kin: one, or one a row slice."""
     A, B, scale = [], [], 1.0
     for i, delta in enumerate(deltas):
-        assert isinstance(delta.method, LoRA)
-        f = LoRA.factors(delta.method, delta.A, delta)  # a frozen starting pair comes appended, its rank doubled
-        assert f.A is not None and f.B is not None
+        kin = LoRA if isinstance(delta.method, DoRA) else type(delta.method)  # DoRA's magnitudes go their own way
+        # A frozen starting pair comes appended, its rank doubled; QA-LoRA's A comes repeated.
+        f = kin.factors(delta.method, delta.A, delta)
+        assert f is not None and f.A is not None and f.B is not None
         scale = f.scale if i == 0 else scale
         begin, stop = delta.site.rows or (0, out)
         rows = f.B if f.scale == scale else f.B * (f.scale / scale)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mmpeft.adapters.methods.lora import DoRA, Init, LoRA
+from mmpeft.adapters.methods.quantised import QALoRA
 from mmpeft.adapters.methods.scaling import IA3, input_channels
 from mmpeft.adapters.methods.selective import BitFit
 from mmpeft.adapters.peft.codec import decode_modules
@@ -44,7 +45,7 @@ _BASE_INITS: dict[str, Init] = {"pissa": "pissa", "olora": "olora"}
 # Fields that change what a LoRA computes and have no counterpart here.
 _LORA_VARIANTS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
-    "use_bdlora", "use_qalora", "velora_config",
+    "use_bdlora", "velora_config",
 )  # fmt: skip
 _LORA_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _IA3_LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)
@@ -116,6 +117,9 @@ def _low_rank(reader: Reader, target: str, path: str, tensor: str, key: str, bar
     scale = alpha / (rank**0.5 if rslora else rank)
     names = ("lora_A.weight", "lora_B.weight") if bare else lora_names(owner)
     shapes = expert_shapes(site, rank) if bare else lora_shapes(site, rank)
+    group = 0 if bare else _pools(reader, site, f"{key}.{names[0]}", rank)
+    if group:
+        shapes = ((rank, site.shape[1] // group), shapes[1])
     a, b = (reader.take(f"{key}.{n}", s) for n, s in zip(names, shapes, strict=True))
     tensors: dict[str, Tensor] = {}
     if config.get("use_dora"):
@@ -141,16 +145,40 @@ def _low_rank(reader: Reader, target: str, path: str, tensor: str, key: str, bar
     if init != "default" and used != rank:
         reader.refused.append(f"{path}: {init} of rank {rank} exceeds the matrix {site.shape}")
         return []
+    dropout = reader.dropout(owner, tensor, "lora_dropout")
+    if group:  # PEFT takes the means times their number
+        whole = scale * used * (site.shape[1] // group)
+        return [Item(site, QALoRA(rank=used, alpha=whole, dropout=dropout, group=group), {"A": A, "B": B})]
     method = (DoRA if config.get("use_dora") else LoRA)(
         rank=used,
         alpha=alpha if used == rank else scale * used,
-        dropout=reader.dropout(owner, tensor, "lora_dropout"),
+        dropout=dropout,
         rslora=rslora and used == rank,
         init_from=init,
     )
     # PiSSA starts from the very pair PEFT does; OLoRA from QR as well, but PEFT subtracts it times the scale.
     starts = {"pissa": {"A0": 1.0, "B0": 1.0}, "olora": {"A0": scale, "B0": 1.0}}.get(init, {})
     return [Item(site, method, {"A": A, "B": B, **tensors}, starts), *bias]
+
+
+def _pools(reader: Reader, site: Site, key: str, rank: int) -> int:
+    """The group of inputs that lora_A sees the mean of, 0 for all inputs apart. PEFT pools in GPTQ layers alone and
+    elsewhere passes `use_qalora` over, so the file's lora_A tells what was trained."""
+    config, into, found = reader.config, site.shape[-1], reader.left.get(key)
+    assert site.layout is not None
+    linear = len(site.shape) == 2 and site.layout.name in ("linear", "transposed")
+    if not config.get("use_qalora") or not linear or isinstance(reader.modules[site.path], nn.Embedding):
+        return 0
+    group = reader.count(config.get("qalora_group_size", 16), "qalora_group_size")
+    if found is None or tuple(found.shape) == (rank, into) != (rank, into // group):
+        return 0
+    if group == 1:
+        reader.refused.append(f"{site.path}: groups of 1 look like a plain LoRA, whose scale is {into} times smaller")
+    elif into % group:
+        reader.refused.append(f"{site.path}: qalora_group_size {group} does not divide the {into} inputs")
+    if config.get("use_dora") or config.get("lora_bias") or str(config.get("init_lora_weights")) in _BASE_INITS:
+        reader.refused.append(f"{site.path}: PEFT's QA-LoRA has no use_dora, no lora_bias and no start from the base")
+    return group
 
 
 def _extra_bias(reader: Reader, site: Site, key: str, scale: float) -> list[Item]:

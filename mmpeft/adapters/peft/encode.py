@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mmpeft.adapters.method import Delta
-from mmpeft.adapters.methods.lora import LoRA
 from mmpeft.adapters.peft.codec import encode_modules
 from mmpeft.adapters.peft.codecs import (
     OUT_PROJ_TIMES,
@@ -70,7 +69,7 @@ def encode(writer: Writer) -> dict[str, Any]:
 
 
 def lora(writer: Writer, wholes: list[str]) -> dict[str, Any]:
-    """LoRA and DoRA."""
+    """LoRA, what is written as it, and DoRA."""
     dora = writer.kind == "dora"
     bare: list[str] = []
     attention: dict[str, dict[str, list[Delta]]] = {}
@@ -96,8 +95,8 @@ def lora(writer: Writer, wholes: list[str]) -> dict[str, Any]:
     for path, parts in attention.items():
         _put_attention(writer, path, parts)
     _put_parameters(writer, bare)
-    rslora = all(d.method.rslora for deltas in writer.sites.values() for d in deltas if isinstance(d.method, LoRA))
-    drops = {d.method.dropout for deltas in plain.values() for d in deltas if isinstance(d.method, LoRA)}
+    rslora = all(getattr(d.method, "rslora", False) for deltas in writer.sites.values() for d in deltas)
+    drops = {d.method.dropout for deltas in plain.values() for d in deltas}
     return {
         "peft_type": "LORA",
         "bias": "none",

@@ -1,4 +1,4 @@
-"""LoHa, LoKr, HiRA: updates made of products, as PEFT stores them.
+"""LoHa, LoKr (and KronA), HiRA: updates made of products, as PEFT stores them.
 
     LOHA      hada_w1_a [out, r], hada_w1_b [r, in], hada_w2_a, hada_w2_b: B1, A1, B2, A2
     LOKR      lokr_w1 [l, m] or its pair, lokr_w2 [k, n, *kernel] or its pair: C and D
@@ -7,22 +7,26 @@
 "Effective" convolutions of LoHa and LoKr hold a Tucker core t [r, r, *kernel] between two factors. Core and input
 factor multiply to an ordinary second factor of the same rank, which is how they are read: the same weight, the core no longer
 trained apart. Row slices are written where disjoint rows add up: one pair of the summed rank.
+
+KronA is written as a LOKR with both factors whole. PEFT derives their sizes from one `decompose_factor`, so that is
+chosen to give (a1, a2) at every site, and r large enough that nothing is decomposed; where none does, it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.methods.hadamard import HiRA, LoHa
-from mmpeft.adapters.methods.kronecker import LoKr, factor_pair
+from mmpeft.adapters.methods.kronecker import KronA, LoKr, factor_pair
 from mmpeft.adapters.peft.codec import Codec, Place, Sent, Source, widen
 from mmpeft.adapters.peft.codecs import Item, fit_rank, is_stock
 from mmpeft.adapters.peft.layers import Conv, foreign_padding, grouped, kernel_of
 from mmpeft.adapters.peft.targets import plain_number
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, Unsupported
 
 _LYCORIS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _RANKS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
@@ -131,13 +135,22 @@ def _read_lokr(place: Place) -> Item | None:
 
 def _write_lokr(source: Source) -> Sent:
     names = {"C": "lokr_w1", "C1": "lokr_w1_a", "C2": "lokr_w1_b", "D": "lokr_w2", "D1": "lokr_w2_a", "D2": "lokr_w2_b"}
+    if isinstance(source.method, KronA):
+        names = {"A": "lokr_w1", "B": "lokr_w2"}
     tensors = {names[n]: t.detach() for n, t in source.delta._parameters.items() if t is not None}
     if "lokr_w2" in tensors:
         if len(kernel_of(source.layout)) == 1:
             raise ConfigError(_SCRAMBLED)
-        D = tensors["lokr_w2"]
-        tensors["lokr_w2"] = D.reshape(D.shape[0], -1, *kernel_of(source.layout))
+        D, kernel = tensors["lokr_w2"], kernel_of(source.layout)
+        if D.shape[1] % torch.Size(kernel).numel():
+            raise ConfigError(f"a2 = {tensors['lokr_w1'].shape[1]} cuts through the kernels, which PEFT keeps whole")
+        tensors["lokr_w2"] = D.reshape(D.shape[0], -1, *kernel)
     method = source.method
+    if isinstance(method, KronA):
+        if not _splits([source]):
+            sizes = tuple(tensors["lokr_w1"].shape)
+            raise ConfigError(f"no decompose_factor of PEFT's makes a first factor of {sizes} here")
+        return tensors, {}  # the fields follow from all sites together
     return tensors, {
         "r": method.rank,
         "alpha": plain_number(method.alpha or method.rank),
@@ -146,15 +159,62 @@ def _write_lokr(source: Source) -> Sent:
     }
 
 
+def _splits(sources: Collection[Source]) -> set[int]:
+    """Every decompose_factor by which PEFT splits both sides of all these sites as they do."""
+    sides = {source.path: _sides(source) for source in sources}
+    pairs = [pair for found in sides.values() for pair in found]
+    # Above the square root of all sides, a number that divides none of them says what -1 does.
+    tried = {-1, *(part for _, part in pairs), *range(1, isqrt(max(n for n, _ in pairs)) + 1)}
+    tried |= {source.method.factor for source in sources if isinstance(source.method, LoKr)}
+    return {f for f in tried if all(_makes(f, source, sides[source.path]) for source in sources)}
+
+
+def _sides(source: Source) -> list[tuple[int, int]]:
+    """(side, its part in the first factor) of rows and columns, the kernel left out."""
+    into = source.site.shape[1] // torch.Size(kernel_of(source.layout)).numel()
+    first = source.delta.A.shape if isinstance(source.method, KronA) else (1, 1)
+    return list(zip((source.out, into), first, strict=True))
+
+
+def _makes(factor: int, source: Source, sides: list[tuple[int, int]]) -> bool:
+    if isinstance(source.method, LoKr):
+        return factor == source.method.factor
+    return all(factor_pair(n, factor)[0] == part for n, part in sides)
+
+
+def _lokr_even(sent: dict[str, Sent], sources: Mapping[str, Source]) -> None:
+    """The fields of KronA's sites: one factor for all, and a rank at which no factor is decomposed."""
+    kron = {path: sources[path] for path in sent if isinstance(sources[path].method, KronA)}
+    if not kron:
+        return
+    common = _splits([sources[path] for path in sent])
+    if not common:
+        sizes = ", ".join(f"{tuple(s.delta.A.shape)} at {path}" for path, s in list(kron.items())[:4])
+        raise Unsupported(f"PEFT has one decompose_factor for all modules, and none gives KronA's sizes {sizes}")
+    r = max((max(t.shape[:2]) + 1) // 2 for path in kron for t in sent[path][0].values())
+    both = any(s.method.decompose_both for path, s in sources.items() if path not in kron)
+    for path, source in kron.items():
+        sent[path] = (
+            sent[path][0],
+            {
+                "r": r,
+                "alpha": plain_number(source.method.scale * r),
+                "decompose_factor": min(common),
+                "decompose_both": both,
+            },
+        )
+
+
 LOKR = Codec(
     kind="LOKR",
-    methods=("lokr",),
+    methods=("lokr", "krona"),
     layers=_LYCORIS,
     leaves=dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), ""),
     read=_read_lokr,
     write=_write_lokr,
     patterns=_RANKS,
     fixed={"use_effective_conv2d": False},
+    even=_lokr_even,
     training=("rank_dropout", "module_dropout"),
     differs=foreign_padding,
 )

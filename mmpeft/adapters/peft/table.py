@@ -36,20 +36,25 @@ LEAVES: Mapping[str, Mapping[str, str | None]] = {
     **{kind: codec.leaves for kind, codec in CODECS.items()},
 }
 
-WEIGHT_METHODS = ("lora", "dora", "ia3", "vera", "randlora", *BY_METHOD)
+# Methods whose update is another's: they are written as that one and may share a file with it. LoRA+ and LoRA-FA are
+# optimizers over an ordinary LORA in PEFT; QA-LoRA is a LoRA whose A repeats in groups.
+SAME = {"lora+": "lora", "lora-fa": "lora", "qa-lora": "lora"}
+SAME |= {name: codec.methods[0] for name, codec in BY_METHOD.items() if name != codec.methods[0]}
+WEIGHT_METHODS = ("lora", "dora", "ia3", "vera", "randlora", *SAME, *BY_METHOD)
 PROMPTS = ("prompt_tuning", "prefix", "prefix-tuning")  # tokens of a language model: see `prompts.py`
 VALUES = ("full", "bitfit", "layernorm")  # trained base tensors: see `values.py`
 
 
 def files(method: str) -> str:
     """How HF PEFT's files hold a method, in the catalogue's words; "" where they do not."""
-    codec = BY_METHOD.get(method)
-    if codec is not None and codec.methods[0] != method:
-        return f"written as {codec.kind}"
+    if method in SAME:
+        kind = BY_METHOD[method].kind if method in BY_METHOD else SAME[method].upper()
+        return _PARTLY.get(method, f"written as {kind}")
     return _PARTLY.get(method, "both ways" if method in (*WEIGHT_METHODS, *VALUES, *PROMPTS) else "")
 
 
 _PARTLY = {
+    "qa-lora": "read from use_qalora, written as LORA",
     "rocoft": "columns of an embedding",
     "prefix": "of a decoder with rotary positions",
     "prefix-tuning": "written as the prefix it makes",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.peft.codecs import is_packed_attention, is_stock
-from mmpeft.adapters.peft.table import PROMPTS, VALUES, WEIGHT_METHODS
+from mmpeft.adapters.peft.table import PROMPTS, SAME, VALUES, WEIGHT_METHODS
 from mmpeft.adapters.peft.targets import any_of, module_paths, target_parameters, target_paths
 from mmpeft.adapters.peft.trained_tokens import can_write
 from mmpeft.adapters.peft.values import Values
@@ -57,7 +57,7 @@ class Writer:
             elif method in VALUES:
                 self.values.add(stored, delta)
             else:
-                kinds.setdefault(method, site.name)
+                kinds.setdefault(SAME.get(method, method), site.name)
                 others = [n for n in self.values.names[id(stored)] if n != f"{path}.{site.tensor}"]
                 if others:
                     self.refused.append(f"{site.name} is tied to {others[0]}, which PEFT would leave on the base")

@@ -3,7 +3,7 @@
     control = mmpeft.APTController(model, sparsity=0.4, begin=50, end=500, grow_every=100)
     with control.watch():                     # around the forward and backward
         loss = task(model(x)) + mmpeft.apt_distill(hidden, teacher); loss.backward()
-    optimizer.step(); control.step(); optimizer.zero_grad()
+    optimizer.step(); control.step(); optimizer.zero_grad()       # or the callback mmpeft.tasks.StepControl
 
 Output channels of every site are scored by how much they matter for the loss and by how many outliers they carry,
 |sum H dL/dH| + sqrt(kurtosis(H)), averaged over steps; the least are masked, to a share that rises cubically. Sites whose
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.masks import APT
+from mmpeft.adapters.selection.controller import Controller
 from mmpeft.adapters.selection.criteria import cubic, smooth
 from mmpeft.adapters.state import sites_of, slots
 from mmpeft.errors import ConfigError, Unsupported
 
 
-class APTController:
+class APTController(Controller):
     """Prunes output channels and grows ranks of every APT site of an adapter.
 
     Args:
@@ -45,6 +47,9 @@ class APTController:
         ConfigError: there is no APT site, or numbers out of range.
         Unsupported: a site that is not a called linear layer's weight.
     """
+
+    KEEPS = ("steps", "salience", "tuning")
+    measure = "masked"
 
     def __init__(
         self,
@@ -75,21 +80,22 @@ class APTController:
                 raise ConfigError(f"group {self.group[site]} does not divide the {d.site.shape[0]} rows of {site}")
         self.sparsity, self.begin, self.end, self.beta = sparsity, begin, end, beta
         self.grow_every, self.grow, self.steps = grow_every, grow, 0
-        self.now: dict[str, Tensor] = {}
+        self.now: dict[str, tuple[int, Any, Any]] = {}  # calls, and sums over them of both parts of the score
         self.salience: dict[str, Tensor] = {}
         self.tuning: dict[str, Tensor] = {}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Within it, forwards and their backwards are scored."""
-        self.now = {}
+        """Within it, forwards and their backwards are scored: those of one micro-batch, or of several, since the last
+        step."""
 
         def note(site: str, H: Tensor) -> None:
             kurtosis = outliers(H.detach())
 
             def backward(g: Tensor) -> None:
                 product = (H.detach() * g).flatten(0, -2).sum(0).abs()
-                self.now[site] = self.now.get(site, 0) + product + kurtosis
+                calls, products, outside = self.now.get(site, (0, 0, 0))
+                self.now[site] = (calls + 1, products + product, outside + kurtosis)
 
             if H.requires_grad:
                 H.register_hook(backward)  # type: ignore[no-untyped-call]
@@ -112,13 +118,17 @@ class APTController:
         for site, (_, d) in self.sites.items():
             if site not in self.now or d.B.grad is None:
                 raise ConfigError(f"{site} was not scored; run forward and backward within watch(), then step")
-            self.salience[site] = smooth(self.salience.get(site), self.now[site], self.beta)
+            # The loss of a micro-batch is a share of the step's, its outliers are not.
+            calls, products, outside = self.now[site]
+            salience = self.loop.mean(products + outside / calls)
+            self.salience[site] = smooth(self.salience.get(site), salience, self.beta)
             self.tuning[site] = smooth(self.tuning.get(site), (d.B * d.B.grad).abs().sum(), self.beta)
             groups = self.salience[site].view(-1, self.group[site]).sum(1)
             gone = groups.argsort(stable=True)[: int(share * len(groups) + 1e-9)]
             keep = torch.ones_like(groups)
             keep[gone] = 0
             d.m_out.copy_(keep.repeat_interleave(self.group[site]))
+        self.now = {}
         if self.grow_every and self.steps % self.grow_every == 0:
             ranked = sorted(self.sites, key=lambda site: -float(self.tuning[site]))
             for site in ranked[: (len(ranked) + 1) // 2]:

@@ -9,9 +9,12 @@ predictions that know their uncertainty.
 The precision is the generalised Gauss-Newton matrix plus the prior's, at the trained point; nothing is added to
 training (the survey says a regularising term). Predictions are those of the linearised model, f + J (w - w*).
 
-Choice: the matrix is exact, either whole ("full") or its blocks of one tensor each ("blocks"), or its diagonal
-("diag"). The paper factors blocks by Kronecker products to reach ranks where the exact ones don't fit; that is not
-here, so "full" and "blocks" are refused above `LARGEST` numbers a block.
+The matrix by `structure`:
+
+    kron     the paper's: each of LoRA's A and B has a Kronecker product of two small matrices, the one of the wide side
+             of low rank (`kfac.py`). LoRA and LoRA-FA on linear layers, of any width
+    full     exact and whole;  blocks: exact, one block a tensor. Of any method, up to `LARGEST` numbers a block
+    diag     the exact diagonal, of any method and size
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.methods.low_rank import one_of
+from mmpeft.adapters.selection import kfac
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 LARGEST = 8192
-Structure = Literal["full", "blocks", "diag"]
+Structure = Literal["kron", "full", "blocks", "diag"]
 Likelihood = Literal["classification", "regression"]
 
 
@@ -40,11 +44,13 @@ class Laplace:
         forward: batch -> outputs [B, C]: logits, or means of a regression. The model should be in eval.
         name: the adapter; None is all of them.
         only: which sites (Laplace of the last layer alone: `only=lambda site: site.path == "head"`).
+        kron_rank: directions kept of a wide factor of "kron" (the paper's n_kfac, 10 there); None keeps all.
         prior_precision: of the zero-mean prior.
         noise: standard deviation of a regression's targets.
 
     Raises:
         ConfigError: no tensors, a block that is too large, values out of range.
+        Unsupported: a tensor that has no Kronecker factors.
     """
 
     def __init__(
@@ -54,27 +60,32 @@ class Laplace:
         *,
         name: str | None = None,
         only: Callable[[Site], bool] | None = None,
-        structure: Structure = "blocks",
+        structure: Structure = "kron",
+        kron_rank: int | None = 10,
         likelihood: Likelihood = "classification",
         prior_precision: float = 1.0,
         noise: float = 1.0,
     ) -> None:
-        one_of("structure", structure, ("full", "blocks", "diag"))
+        one_of("structure", structure, ("kron", "full", "blocks", "diag"))
         one_of("likelihood", likelihood, ("classification", "regression"))
         if not prior_precision > 0 or not noise > 0:
             raise ConfigError(f"prior_precision {prior_precision}, noise {noise}; expected positive numbers")
-        found = [d for _, _, s in slots(model) for _, d in s.deltas(None if name is None else (name,))]
-        tensors = [getattr(d, n) for d in found if only is None or only(d.site) for n in d.trained]
-        self.tensors: list[Tensor] = [t for t in {id(t): t for t in tensors}.values() if t.requires_grad]
+        if kron_rank is not None and kron_rank < 1:
+            raise ConfigError(f"kron_rank {kron_rank}; expected at least 1, or None")
+        found = [(o, d) for _, o, s in slots(model) for _, d in s.deltas(None if name is None else (name,))]
+        places = {id(getattr(d, n)): (o, d, n) for o, d in found if only is None or only(d.site) for n in d.trained}
+        places = {i: (o, d, n) for i, (o, d, n) in places.items() if getattr(d, n).requires_grad}
+        self.tensors: list[Tensor] = [getattr(d, n) for _, d, n in places.values()]
         if not self.tensors:
             raise ConfigError("Laplace: no trainable tensor of an adapter is left")
         sizes = [t.numel() for t in self.tensors]
         self.blocks = [sum(sizes)] if structure == "full" else sizes
-        if structure != "diag" and max(self.blocks) > LARGEST:
+        if structure in ("full", "blocks") and max(self.blocks) > LARGEST:
             raise ConfigError(
                 f"a block of {max(self.blocks)} numbers needs a matrix of its square (at most {LARGEST} are allowed); "
-                "use structure='diag', or only= for fewer sites"
+                "use structure='kron' or 'diag', or only= for fewer sites"
             )
+        self.matrices = kfac.matrices([*places.values()], kron_rank, LARGEST) if structure == "kron" else []
         self.forward, self.structure, self.likelihood = forward, structure, likelihood
         self.prior_precision, self.noise = prior_precision, noise
         self.values: list[Tensor] = []  # eigenvalues of the blocks, or diagonals
@@ -89,8 +100,11 @@ class Laplace:
         Args:
             batches: (batch, targets): class indices [B], or values [B, C].
         """
-        sums: list[Tensor] = []
         self.log_likelihood = 0.0
+        if self.structure == "kron":
+            self._fit_kron(batches)
+            return
+        sums: list[Tensor] = []
         for batch, targets in batches:
             f, J = self.jacobian(batch)
             self.log_likelihood += self._fits(f, targets)
@@ -107,12 +121,30 @@ class Laplace:
             self.values = [pair.eigenvalues.clamp_min(0) for pair in pairs]
             self.vectors = [pair.eigenvectors for pair in pairs]
 
+    def _fit_kron(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
+        first = True
+        for batch, targets in batches:
+            f, seen = self._called(batch)
+            values = f.detach().double()
+            self.log_likelihood += self._fits(values, targets)
+            kfac.accumulate(self.matrices, f, self._root(values), seen, first=first)
+            first = False
+        if first:
+            raise ConfigError("Laplace.fit: no batches")
+        for m in self.matrices:
+            m.settle()
+        self.values = [m.values.flatten() for m in self.matrices]
+
+    def _called(self, batch: Any) -> tuple[Tensor, dict[nn.Module, kfac.Pairs]]:
+        """Outputs with their graph, and what went into and came out of the layers."""
+        with kfac.calls(self.matrices) as seen, torch.enable_grad():
+            f = self.forward(batch)
+        return _outputs(f), seen
+
     def jacobian(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(outputs [B, C], their derivative by all numbers [B, C, P]), in float64."""
         with torch.enable_grad():
-            f = self.forward(batch)
-        if f.ndim != 2:
-            raise ConfigError(f"forward gave {tuple(f.shape)}; expected outputs [B, C]")
+            f = _outputs(self.forward(batch))
         rows = []
         for y in f.flatten():
             grads = torch.autograd.grad(y, self.tensors, retain_graph=True, allow_unused=True)
@@ -154,6 +186,11 @@ class Laplace:
     def predict(self, batch: Any) -> tuple[Tensor, Tensor]:
         """(mean [B, C], covariance [B, C, C]) of the linearised model's outputs, without a regression's noise."""
         self._check()
+        if self.structure == "kron":
+            y, seen = self._called(batch)
+            found = zip(self.matrices, kfac.jacobians(self.matrices, y, seen), strict=True)
+            covariances = [m.covariance(one, self.prior_precision) for m, one in found]
+            return y.detach().double(), torch.stack(covariances).sum(0)
         f, J = self.jacobian(batch)
         total = torch.zeros(*f.shape, f.shape[1], dtype=f.dtype, device=f.device)
         for i, part in enumerate(torch.split(J, self.blocks, 2)):
@@ -173,3 +210,9 @@ class Laplace:
     def _check(self) -> None:
         if not self.values:
             raise ConfigError("Laplace: call fit(batches) first")
+
+
+def _outputs(f: Tensor) -> Tensor:
+    if f.ndim != 2:
+        raise ConfigError(f"forward gave {tuple(f.shape)}; expected outputs [B, C]")
+    return f

@@ -15,20 +15,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapters.method import Delta, Method
+from mmpeft.adapters.method import Delta, Factors, Method
+from mmpeft.adapters.methods.bottleneck import first_tensor
 from mmpeft.adapters.methods.lora_prune import layer_of
-from mmpeft.adapters.state import sites_of
+from mmpeft.adapters.selection.controller import Controller
+from mmpeft.adapters.state import sites_of, slots, state_of
 from mmpeft.errors import ConfigError, Unsupported
 
-# An update is linear in these tensors together, so scaling them scales it.
-LINEAR = ("B", "up_weight", "up_bias", "value", "delta")
+
+class Damped(Method):
+    """Another method with `factor` times its update, whatever its maths."""
+
+    def __init__(self, method: Method, factor: float) -> None:
+        self.inner, self.factor = method, factor
+        for name in ("name", "kind", "space", "mixes", "dropout"):
+            setattr(self, name, getattr(method, name))
+
+    def factors(self, W: Tensor, p: Delta) -> Factors | None:
+        f = self.inner.factors(W, p)
+        return None if f is None or not f.additive else replace(f, scale=f.scale * self.factor)
+
+    def weight(self, W: Tensor, p: Delta) -> Tensor:
+        return W + self.factor * (self.inner.weight(W, p) - W)
+
+    def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y, _ = first_tensor(call(*args, **kwargs))
+        changed, put = first_tensor(self.inner.around(p, call, *args, **kwargs))
+        return put(y + self.factor * (changed - y))
 
 
-class LayerSampler:
+class LayerSampler(Controller):
     """Draws the layers that train, and learns their importance.
 
     Args:
@@ -37,6 +59,7 @@ class LayerSampler:
         trials: suppressions tried in an update.
         factor: what a suppressed adapter is scaled by.
         lr: of the importances.
+        every: in a training loop, steps between updates, each on the batch at hand.
         seed: of all draws.
 
     Attributes:
@@ -45,6 +68,8 @@ class LayerSampler:
     Raises:
         ConfigError: fewer than two numbered layers, or numbers out of range.
     """
+
+    KEEPS = ("steps", "importance", "generator")
 
     def __init__(
         self,
@@ -55,9 +80,11 @@ class LayerSampler:
         trials: int = 3,
         factor: float = 0.25,
         lr: float = 10.0,
+        every: int = 10,
         seed: int = 0,
-        name: str = "default",
+        name: str | None = "default",
     ) -> None:
+        self.model = model
         self.layers: dict[int, list[Delta]] = {}
         for d in sites_of(model, Method, name):
             if (number := layer_of(d.site)) is not None:
@@ -68,7 +95,10 @@ class LayerSampler:
             raise ConfigError(f"{n} layers, active {active}, suppressed {self.suppressed}; expected at least 2 layers")
         if trials < 2 or not 0 <= factor < 1 or not lr > 0:
             raise ConfigError(f"trials {trials}, factor {factor}, lr {lr}; expected >= 2, in [0, 1), > 0")
-        self.active, self.trials, self.factor, self.lr = active, trials, factor, lr
+        if every < 1:
+            raise ConfigError(f"every {every}; expected at least 1")
+        self.active, self.trials, self.factor, self.lr, self.every = active, trials, factor, lr, every
+        self.steps = 0
         self.generator = torch.Generator().manual_seed(seed)
         self.importance = torch.zeros(n)
 
@@ -83,6 +113,16 @@ class LayerSampler:
                 if i not in chosen:
                     p.grad = None
         return [numbers[i] for i in chosen]
+
+    def look(self, loss: Callable[[], Tensor]) -> None:
+        if self.steps and self.steps % self.every == 0:
+            self.update(loss)
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def close(self) -> None:
+        self.release()
 
     def release(self) -> None:
         """All layers train again."""
@@ -101,7 +141,7 @@ class LayerSampler:
         rewards = []
         for picked in tried:
             with self.suppress([numbers[i] for i in picked]):
-                rewards.append(math.exp(-float(loss())))
+                rewards.append(math.exp(-float(self.loop.mean(loss().detach()))))
         mean, p = sum(rewards) / len(rewards), torch.sigmoid(self.importance)
         for picked, reward in zip(tried, rewards, strict=True):
             self.importance[picked] -= self.lr * (reward - mean) * (p * (1 - p))[picked]
@@ -109,26 +149,31 @@ class LayerSampler:
 
     @contextmanager
     def suppress(self, numbers: Iterable[int]) -> Iterator[None]:
-        """Within it, the adapters of these layers are scaled by `factor`.
+        """Within it, the updates of these layers' adapters are scaled by `factor`: W + factor (W' - W), y + factor (y' - y).
 
         Raises:
-            Unsupported: a method whose update is in no tensor linear.
+            Unsupported: a method that inserts tokens, of whose update there is no part; or a stacked adapter.
         """
-        held: list[tuple[Tensor, Tensor]] = []
-        for d in (d for number in numbers for d in self.layers[number]):
-            mine = [p for n in LINEAR if (p := d._parameters.get(n)) is not None]
-            if not mine:
-                raise Unsupported(f"IST scales adapters down; {d.method.name} at {d.site.name} is linear in no tensor")
-            held += [(p, p.detach().clone()) for p in mine]
-        with torch.no_grad():
-            for tensor, _ in held:
-                tensor.mul_(self.factor)
+        held = [(d, d.method) for number in numbers for d in self.layers[number]]
+        for d, method in held:
+            if d.site.kind == "tokens":
+                raise Unsupported(f"IST scales updates; {method.name} at {d.site.name} inserts tokens")
+        if state_of(self.model).indexed:
+            raise Unsupported("IST scales single sites; call `unstack` first")
         try:
+            for d, method in held:
+                d.method = Damped(method, self.factor)
+            self._forget()
             yield
         finally:
-            with torch.no_grad():
-                for tensor, value in held:
-                    tensor.copy_(value)
+            for d, method in held:
+                d.method = method
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop weights kept from before: they are known by their tensors, which stay the same here."""
+        for _, _, slot in slots(self.model):
+            slot.cache = {}
 
     def _pick(self, weights: Tensor, n: int) -> list[int]:
         return sorted(torch.multinomial(weights, n, generator=self.generator).tolist())

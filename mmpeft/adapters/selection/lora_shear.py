@@ -42,6 +42,9 @@ class LHSPG(LoRAPruner):
         ConfigError: as `LoRAPruner`, or fewer steps than periods.
     """
 
+    KEEPS = ("steps", "scores", "left", "redundant", "before")
+    measure = "gone"
+
     def __init__(
         self,
         model: nn.Module,
@@ -61,8 +64,9 @@ class LHSPG(LoRAPruner):
                 f"periods {periods} in {end - begin} steps, epsilon {epsilon}; expected >= 1 step each, in [0, 1)"
             )
         self.periods, self.epsilon = periods, epsilon
-        self.left = [torch.ones(self._count(group[0])) for group in self.groups]  # 1 whole, 0 gone
-        self.redundant = [torch.zeros(len(left), dtype=torch.bool) for left in self.left]
+        firsts = [(name, self.sites[name][1].mask.device) for name, *_ in self.groups]
+        self.left = [torch.ones(self._count(name), device=at) for name, at in firsts]  # 1 whole, 0 gone
+        self.redundant = [torch.zeros_like(left, dtype=torch.bool) for left in self.left]
         self.before: list[Tensor | None] = [None] * len(self.groups)
 
     @torch.no_grad()

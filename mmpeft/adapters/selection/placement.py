@@ -2,8 +2,8 @@
 
     place      keep the sites of a plan that matter most: S-BitFit (Lawton et al. 2023, arXiv 2305.16597) is `place` on
                BitFit, HFT (Hui et al. 2024, arXiv 2404.18466) is a random half of `full`; any method can be placed so
-    spt_plan   sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566): LoRA in the matrices where more sensitive
-               weights lie than it would train, the sensitive weights alone elsewhere
+    spt_plan   sensitivity-aware tuning (He et al. 2023, arXiv 2303.08566): a structured method (LoRA, an adapter) where
+               as many sensitive weights lie as it would train, the sensitive weights alone elsewhere
     cross_attention_plan   train the cross-attention of an encoder-decoder, whole (Gheini et al. 2021, arXiv 2104.08771)
 
 All return a plan, or what `attach_selected` needs, and change nothing.
@@ -11,12 +11,14 @@ All return a plan, or what `attach_selected` needs, and change nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from mmpeft.adapters.inspect import tensors_of
 from mmpeft.adapters.method import Method
-from mmpeft.adapters.methods.lora import LoRA
 from mmpeft.adapters.methods.sparse import Sparse, exact
-from mmpeft.adapters.plan import Plan, PlanLike, Rule, resolve
+from mmpeft.adapters.plan import Plan, PlanLike, Rule, Target, resolve
 from mmpeft.adapters.selection.criteria import Losses, criterion, gather, top
 from mmpeft.adapters.state import SLOT
 from mmpeft.errors import ConfigError, NameNotFound
@@ -48,32 +50,75 @@ def place(
 
 
 def spt_plan(
-    model: nn.Module, pattern: str, losses: Losses, *, density: float, lora: LoRA, by: str = "sensitivity"
+    model: nn.Module,
+    pattern: str,
+    losses: Losses,
+    *,
+    density: float,
+    method: Method,
+    by: str = "fisher",
+    alpha: float = 1.0,
 ) -> dict[str, Plan]:
-    """Two plans over the sites of `pattern`: "lora" (for `attach`) and "sparse" (for `attach_selected` with the same
-    losses); either may be missing. A site gets LoRA when more of the `density` most sensitive weights lie in it than
-    LoRA trains there.
+    """Two plans over the sites of `pattern`: "structured" (for `attach`) and "sparse" (for `attach_selected` with the
+    same losses, which takes the rules of both as one adapter too); either may be missing. A site gets `method` when at least as many of the `density` most sensitive
+    weights lie in it as `method` trains there.
+
+    With a weight method (`LoRA`: SPT-LoRA) a site is a weight; with a call method (`Bottleneck`: SPT-Adapter, which the
+    paper puts behind single linear layers) it is the module that the adapter is put around, with all matrices in it.
 
     Args:
-        losses: as in `criteria.gather`.
+        losses: as in `criteria.gather`; the authors take 8 batches, each one loss.
         density: the budget, as a share of all weights.
-        by: the sensitivity; the paper's is the squared gradient ("fisher").
+        method: the structured part.
+        by: the sensitivity; the paper's is the squared gradient, "fisher".
+        alpha: a site needs 1 / alpha of what `method` trains (1 in the paper, 5 and 10 in the authors' code).
+
+    Raises:
+        NameNotFound: the pattern matches nothing that `method` adapts.
+        ConfigError: a token method, a module without matrices or inside another site, or alpha not above 0.
     """
-    targets = resolve(model, Plan((Rule(pattern, (lora,)),)))
-    if not targets:
-        raise NameNotFound(f"pattern {pattern!r} matches no weight")
-    evidence = gather(model, targets, losses)
+    if not alpha > 0:
+        raise ConfigError(f"alpha {alpha}; expected a positive number")
+    targets = resolve(model, Plan((Rule(pattern, (method,)),)))
+    inside = {t.site.name: _matrices(model, t) for t in targets}
+    weights = [w for found in inside.values() for w in found]
+    names = [w.site.name for w in weights]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} lies in two sites of {pattern!r}; name one of the modules around it")
+    evidence = gather(model, weights, losses)
     score = criterion(by)
     scores = {name: score(e) for name, e in evidence.items()}
     best = top(scores, max(1, round(density * sum(s.numel() for s in scores.values()))))
     rules: dict[str, list[Rule]] = {}
+    shared: dict[Any, Any] = {}
     for target in targets:
-        count = len(best.get(target.site.name, ()))
-        if count > lora.rank * (target.site.shape[-1] + target.site.shape[-2]):
-            rules.setdefault("lora", []).append(Rule(exact(target.site), (lora,)))
-        elif count:
-            rules.setdefault("sparse", []).append(Rule(exact(target.site), (Sparse(count=count, criterion=by),)))
+        trained = sum(t.numel() for t in tensors_of(model, target, targets, shared).trained.values())
+        counts = {w: len(best.get(w.site.name, ())) for w in inside[target.site.name]}
+        if alpha * sum(counts.values()) >= trained:
+            match = exact(target.site) if method.kind == "weight" else target.site.path
+            rules.setdefault("structured", []).append(Rule(match, (method,)))
+            continue
+        for w, count in counts.items():
+            if count:
+                rules.setdefault("sparse", []).append(Rule(exact(w.site), (Sparse(count=count, criterion=by),)))
     return {kind: Plan(tuple(found)) for kind, found in rules.items()}
+
+
+def _matrices(model: nn.Module, target: Target) -> list[Target]:
+    """The weights whose sensitivity a site stands for: itself, or every matrix in the module that is called."""
+    path, entries = target.site.path, Sparse()
+    if target.method.kind == "weight":
+        return [target]
+    if target.method.kind != "call":
+        raise ConfigError(
+            f"{type(target.method).__name__} adds tokens; SPT weighs a method against the weights of its site"
+        )
+    below = [(p, m) for p, m in model.named_modules() if p == path or p.startswith(path + ".") or not path]
+    owners = [p for p, m in below if p and SLOT not in p.split(".") and entries.tensors(p, m)]
+    if not owners:
+        raise ConfigError(f"{path} has no matrix whose sensitivity could be measured")
+    return resolve(model, Plan((Rule(" ".join(owners), (entries,)),)))
 
 
 # Names of the attention to the encoder: BART and its kin, BERT decoders, T5, torch's own decoder layer, Flamingo's kin.

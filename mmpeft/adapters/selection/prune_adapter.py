@@ -54,8 +54,11 @@ def importance(
     Raises:
         ConfigError: no losses.
     """
+    return _scores(sites_of(model, Method, name), losses, by)
+
+
+def _scores(deltas: list[Delta], losses: Iterable[Callable[[], Tensor]], by: str) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    deltas: list[Delta] = sites_of(model, Method, name)
     named = {(d.site.name, n): p for d in deltas for n in d.trained if (p := d._parameters[n]) is not None}
     params = list({id(p): p for p in named.values()}.values())
     evidence = {id(p): Evidence(p.detach()) for p in params}
@@ -122,10 +125,17 @@ def prune_units(
         ConfigError: a share out of range.
         Unsupported: a site whose method has no units.
     """
+    return compact(model, name, keep=unit_masks(sites_of(model, Method, name), losses, keep=keep, by=by))
+
+
+def unit_masks(
+    deltas: list[Delta], losses: Iterable[Callable[[], Tensor]], *, keep: float, by: str = "sensitivity"
+) -> dict[str, Tensor]:
+    """The units that `prune_units` keeps, of these sites: [units] bool by site."""
     check_share(keep)
-    scores = importance(model, losses, by=by, name=name)
+    scores = _scores(deltas, losses, by)
     sums: dict[str, Tensor] = {}
-    for d in sites_of(model, Method, name):
+    for d in deltas:
         axes = axes_of(d.method)
         if axes is None:
             raise Unsupported(f"{d.method.name} at {d.site.name} has no units that could be pruned")
@@ -138,4 +148,4 @@ def prune_units(
     masks = {site: torch.zeros(len(s), dtype=torch.bool) for site, s in sums.items()}
     for site, index in kept.items():
         masks[site][index] = True
-    return compact(model, name, keep=masks)
+    return masks

@@ -12,6 +12,7 @@ which adds the moving average and uncertainty of AdaLoRA. A policy writes to the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.dynamic_rank import Elastic
+from mmpeft.adapters.selection.compact import compact
+from mmpeft.adapters.selection.controller import Controller
 from mmpeft.adapters.selection.criteria import Evidence, criterion, cubic, smooth
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
+log = logging.getLogger(__name__)
 Schedule = Callable[[int], float]
 Sites = Mapping[str, Delta]
 
@@ -124,14 +128,19 @@ class Policy(Protocol):
         """From `state()`."""
 
 
-class RankController:
+class RankController(Controller):
     """Runs a policy on the sites of an adapter (None: of all adapters) that are of the policy's method.
 
     Raises:
         ConfigError: there are none.
+
+    Args:
+        shrink: `compact` the adapter when a training loop ends, so that what is saved is as small as what is in use.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, *, name: str | None = None) -> None:
+    measure = "rank"
+
+    def __init__(self, model: nn.Module, policy: Policy, *, name: str | None = None, shrink: bool = False) -> None:
         found = [
             (adapter, d)
             for _, _, slot in slots(model)
@@ -141,7 +150,7 @@ class RankController:
         self.sites: dict[str, Delta] = {f"{adapter}: {d.site.name}": d for adapter, d in found}
         if not self.sites:
             raise ConfigError(f"{type(policy).__name__} works on {policy.method.__name__}; the model has no such site")
-        self.policy, self.steps = policy, 0
+        self.policy, self.steps, self.model, self.name, self.reshapes = policy, 0, model, name, shrink
         with torch.no_grad():
             policy.begin(self.sites)
 
@@ -160,6 +169,10 @@ class RankController:
         """The policy's regulariser, a scalar to add to the loss; 0 where it has none."""
         found = self.policy.penalty(self.sites)
         return torch.zeros(()) if found is None else found
+
+    def close(self) -> None:
+        if self.reshapes:
+            log.info("ranks after training: %s", compact(self.model, self.name))
 
     def ranks(self) -> dict[str, int]:
         """Components in use at each site."""

@@ -9,8 +9,7 @@ rows and columns are those of the weight; `estimate` then bounds what any entry 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 
+@dataclass(eq=False, repr=False)
 class SM3(Preconditioned):
     """SM3-II: v = min(row, column) + g^2; w -= lr g / sqrt(v); then row and column are the largest v in them.
 
@@ -34,21 +34,16 @@ class SM3(Preconditioned):
         ConfigError: values out of range.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.1,
-        *,
-        model: nn.Module | None = None,
-        beta: float = 0.0,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        eps: float = 1e-30,
-    ) -> None:
-        check_betas(beta, momentum)
-        super().__init__(params, lr, weight_decay)
-        self.beta, self.momentum, self.eps = beta, momentum, eps
-        found = [d for _, _, s in slots(model) for _, d in s.deltas()] if model is not None else []
+    lr: InitVar[float] = 0.1
+    _: KW_ONLY
+    model: nn.Module | None = None
+    beta: float = 0.0
+    momentum: float = 0.0
+    eps: float = 1e-30
+
+    def check(self) -> None:
+        check_betas(self.beta, self.momentum)
+        found = [d for _, _, s in slots(self.model) for _, d in s.deltas()] if self.model is not None else []
         self.sparse = {d._parameters["value"]: d for d in found if {"index", "value"} <= set(d._parameters)}
 
     def update(self, p: Tensor, g: Tensor) -> Tensor:

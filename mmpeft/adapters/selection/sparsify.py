@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.methods.lora_kin import RoseLoRA
+from mmpeft.adapters.selection.controller import Controller, samples_of, trained_by
 from mmpeft.adapters.selection.criteria import cubic, smooth, top
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 
-class RosePruner:
+class RosePruner(Controller):
     """After every optimizer step: smooth the sensitivities |w g| of every RoseLoRA site's A and B, and zero what falls
     below the top share of its row of A or column of B; the share falls from 1 to `1 - sparsity` cubically between steps
     `begin` and `end`.
@@ -32,6 +33,9 @@ class RosePruner:
         begin, end: steps between which the share falls (the paper's warm-up and cool-down lie outside).
         beta: of the exponential average, 0.8 in the paper.
     """
+
+    KEEPS = ("steps", "scores")
+    measure = "kept"
 
     def __init__(self, model: nn.Module, *, begin: int, end: int, beta: float = 0.8, name: str | None = None) -> None:
         if not 0 <= begin < end or not 0 <= beta < 1:
@@ -65,17 +69,31 @@ class RosePruner:
         return kept
 
 
-class ChildMask:
+class GradientMask(Controller):
+    """Called between `backward` and `step`, to mask gradients in place."""
+
+    def __call__(self) -> None:
+        """Mask the gradients."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        self()
+
+
+class ChildMask(GradientMask):
     """Child-Tuning_F: each gradient entry is kept with probability p and divided by it, anew every step.
 
     Args:
+        parameters: or a model, for all that it trains.
         p: share of entries that update.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, p: float, seed: int = 0) -> None:
+    KEEPS = ("generator",)
+
+    def __init__(self, parameters: nn.Module | Iterable[nn.Parameter], *, p: float, seed: int = 0) -> None:
         if not 0 < p <= 1:
             raise ConfigError(f"p {p}; expected 0 < p <= 1")
-        self.parameters, self.p = list(parameters), p
+        self.parameters, self.p = trained_by(parameters), p
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self) -> None:
@@ -86,18 +104,19 @@ class ChildMask:
                 parameter.grad.mul_(keep.to(parameter.grad)).div_(self.p)
 
 
-class TopGradient:
+class TopGradient(GradientMask):
     """Gradient-mask tuning: of each tensor only the `density` of entries with the largest |gradient| update, the
     gradient being what has accumulated since the last step.
 
     Args:
+        parameters: or a model, for all that it trains.
         density: share of entries that update.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, density: float) -> None:
+    def __init__(self, parameters: nn.Module | Iterable[nn.Parameter], *, density: float) -> None:
         if not 0 < density <= 1:
             raise ConfigError(f"density {density}; expected 0 < density <= 1")
-        self.parameters, self.density = list(parameters), density
+        self.parameters, self.density = trained_by(parameters), density
 
     def __call__(self) -> None:
         """Mask the gradients in place."""
@@ -108,21 +127,44 @@ class TopGradient:
                 parameter.grad.view(-1)[drop] = 0
 
 
-class WorstSamples:
+class WorstSamples(GradientMask):
     """FISH-DIP: only the `density` of all entries with the largest Fisher information on the samples with the largest
     losses update; `update` chooses them anew. (Adam's momentum still moves entries that were chosen before; SGD leaves
     them where they are.)
 
     Args:
+        parameters: or a model, for all that it trains.
         density: share of entries that update.
         worst: number of samples that count.
+        every, pool: in a training loop that gives samples, steps between updates and samples looked at in one.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, density: float, worst: int) -> None:
-        if not 0 < density <= 1 or worst < 1:
-            raise ConfigError(f"density {density}, worst {worst}; expected 0 < density <= 1 and worst >= 1")
-        self.parameters, self.density, self.worst = list(parameters), density, worst
+    KEEPS = ("steps", "kept")
+
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[nn.Parameter],
+        *,
+        density: float,
+        worst: int,
+        every: int = 100,
+        pool: int = 64,
+    ) -> None:
+        if not 0 < density <= 1 or not 1 <= worst <= pool or every < 1:
+            raise ConfigError(
+                f"density {density}, worst {worst}, pool {pool}, every {every}; expected 0 < density <= 1, "
+                "1 <= worst <= pool and every >= 1"
+            )
+        self.parameters, self.density, self.worst = trained_by(parameters), density, worst
+        self.every, self.pool, self.steps = every, pool, 0
         self.kept: list[Tensor] = []
+
+    def draw(self) -> None:
+        if self.steps % self.every == 0:
+            self.update(samples_of(self.loop, self.pool))
+
+    def step(self) -> None:
+        self.steps += 1
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> list[int]:
         """Choose entries from the losses of single samples; returns the numbers of the samples that counted."""

@@ -1,9 +1,11 @@
-"""Integer and 8-bit float storage of weights: absmax (symmetric) and affine grids, 2, 4 or 8 bits, by row or group.
+"""Integer and float storage of weights: absmax (symmetric) and affine grids, 2, 4 or 8 bits, by row or group; 8 and 16
+bit floats.
 
 Int(8)                 W = scale * code, code in -127..127, a scale a row
 Int(4, group=32)       a scale for every 32 columns
 Int(4, affine=True)    W = scale * code + zero, code in 0..15 (QA-LoRA's (alpha, beta))
 FP8()                  float8 e4m3, a scale a row
+BF16()                 bfloat16, no scale: the "16" of a bit allocation on a base that is wider
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from mmpeft.adapters.storage.nf4 import E4M3_MAX
 from mmpeft.errors import ConfigError
+
+SMALLEST = 1e-30  # scale of a row or group whose numbers are all alike
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -79,10 +83,10 @@ class Int:
         x = self.grouped(w.detach().float())
         if self.affine:
             low, high = x.amin(-1), x.amax(-1)
-            scale = ((high - low) / (2**self.bits - 1)).clamp_min(1e-30)
+            scale = ((high - low) / (2**self.bits - 1)).clamp_min(SMALLEST)
             codes = ((x - low.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 2**self.bits - 1)
             return {"codes": pack(codes.to(torch.uint8).flatten(), self.bits), "scale": scale, "zero": low}
-        scale = (x.abs().amax(-1) / self.top).clamp_min(1e-30)
+        scale = (x.abs().amax(-1) / self.top).clamp_min(SMALLEST)
         codes = (x / scale.unsqueeze(-1)).round().clamp(-self.top, self.top) + self.top
         return {"codes": pack(codes.to(torch.uint8).flatten(), self.bits), "scale": scale}
 
@@ -108,10 +112,26 @@ class FP8:
     def quantise(self, w: Tensor) -> dict[str, Tensor]:
         """A matrix (or [out, ...]) -> codes (the bytes of float8) and scale [out]."""
         rows = w.detach().float().reshape(w.shape[0], -1)
-        scale = (rows.abs().amax(1) / E4M3_MAX).clamp_min(1e-30)
+        scale = (rows.abs().amax(1) / E4M3_MAX).clamp_min(SMALLEST)
         return {"codes": (rows / scale.unsqueeze(1)).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}
 
     def dequantise(self, t: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """The fp32 tensor."""
         rows = t["codes"].view(torch.float8_e4m3fn).float() * t["scale"].float().unsqueeze(1)
         return rows.reshape(shape)
+
+
+@dataclass(frozen=True)
+class BF16:
+    """bfloat16 numbers, 2 bytes each, of a base that is wider (fp32): rounded once, read as the base's own type."""
+
+    name: ClassVar[str] = "bf16"
+    bits: ClassVar[float] = 16.0
+
+    def quantise(self, w: Tensor) -> dict[str, Tensor]:
+        """A tensor of any shape -> its numbers in bfloat16."""
+        return {"codes": w.detach().to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)}
+
+    def dequantise(self, t: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """The fp32 tensor."""
+        return t["codes"].float().view(shape)

@@ -26,7 +26,7 @@ from mmpeft.adapters.methods.lora import LoRA
 from mmpeft.adapters.pattern import select
 from mmpeft.adapters.plan import PlanLike
 from mmpeft.adapters.state import find_state, slots
-from mmpeft.adapters.storage.integer import FP8, Int
+from mmpeft.adapters.storage.integer import BF16, FP8, Int
 from mmpeft.adapters.storage.nf4 import NF4, from_bitsandbytes
 from mmpeft.adapters.storage.packed_weight import PackedWeight, Scheme
 from mmpeft.errors import ConfigError, FileFormatError, NameNotFound, Unsupported, nearest
@@ -37,11 +37,13 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
     "int4": lambda: Int(4, group=32),
     "int2": lambda: Int(2, group=32),
     "fp8": FP8,
+    "bf16": BF16,
 }
+LEFT = "keep"  # in place of a scheme: the layer stays as it is
 
 
 def scheme_of(value: str | Scheme) -> Scheme:
-    """A scheme from its name ("nf4", "int8", "int4", "int2", "fp8") or itself.
+    """A scheme from its name ("nf4", "int8", "int4", "int2", "fp8", "bf16") or itself.
 
     Raises:
         NameNotFound: with the nearest names.
@@ -74,14 +76,16 @@ def quantise(
     """Replace weights of linear layers by packed ones, in place; biases stay.
 
     Args:
-        what: a pattern, or pattern (or path) -> scheme; "16" leaves a layer as it is. Later entries win.
+        what: a pattern, or pattern (or path) -> scheme. "16" is 16 bits: bf16 where the base is wider, else as it is;
+            "keep" leaves a layer as it is. Later entries win.
         scheme: for a pattern alone.
 
     Returns:
         Path -> scheme of every layer that was quantised.
 
     Raises:
-        ConfigError: adapters are attached, a weight is not floating point, or a group does not divide its columns.
+        ConfigError: adapters are attached, a weight is packed already or not floating point, or a group does not divide
+            its columns.
         Unsupported: a weight tied to another module's, which would no longer be one.
     """
     if find_state(model) is not None:
@@ -91,10 +95,11 @@ def quantise(
     for pattern, value in given.items():
         found = linears(model, pattern)
         for path, layer in found.items():
-            if value == "16":
+            wanted = sixteen(layer.weight) if value == "16" else None if value == LEFT else scheme_of(value)
+            if wanted is None:
                 chosen.pop(path, None)
             else:
-                chosen[path] = (layer, scheme_of(value))
+                chosen[path] = (layer, wanted)
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
@@ -103,12 +108,21 @@ def quantise(
     for path, (layer, s) in chosen.items():
         if owners[id(layer.weight)] > 1:
             raise Unsupported(f"{path}.weight is tied to another module's; leave it out of the pattern with '!'")
-        if isinstance(layer.weight, PackedWeight) or not layer.weight.is_floating_point():
-            raise ConfigError(f"{path}.weight is packed already or not floating point ({layer.weight.dtype})")
+        _check_dense(path, layer)
         new[path] = PackedWeight.of(layer.weight.detach(), s)
     for path, packed in new.items():
         chosen[path][0].weight = nn.Parameter(packed, requires_grad=False)
     return {path: s for path, (_, s) in chosen.items()}
+
+
+def sixteen(w: Tensor) -> Scheme | None:
+    """What 16 bits mean for a weight: bf16, or None, nothing to do, where it has no more than that."""
+    return None if isinstance(w, PackedWeight) or w.element_size() <= 2 else BF16()
+
+
+def _check_dense(path: str, layer: nn.Linear) -> None:
+    if isinstance(layer.weight, PackedWeight) or not layer.weight.is_floating_point():
+        raise ConfigError(f"{path}.weight is packed already or not floating point ({layer.weight.dtype})")
 
 
 def dequantise(model: nn.Module) -> list[str]:
@@ -192,7 +206,7 @@ def load_packed(model: nn.Module, path: str | Path) -> list[str]:
     return list(about)
 
 
-_CLASSES: dict[str, Callable[..., Scheme]] = {"nf4": NF4, "int": Int, "fp8": FP8}
+_CLASSES: dict[str, Callable[..., Scheme]] = {"nf4": NF4, "int": Int, "fp8": FP8, "bf16": BF16}
 Start = Literal["quantise", "svd"]
 
 
@@ -282,33 +296,45 @@ def plan_bits(
     """The allocation of 2, 4, 8 or 16 bits to linear layers that loses least within a budget; give it to `quantise`.
 
     What a layer loses is sum w (W - q(W))^2. The search is exact (a knapsack over the Pareto front of bytes and loss).
+    "16" is bf16 at 2 bytes a number, and loses what that rounds; a base of 16 bits loses nothing by it.
 
     Args:
         budget_bytes: for the weights of the layers matched.
-        schemes: label -> scheme; default int2, int4 (groups of 32), int8 and "16".
+        schemes: label -> scheme; default int2, int4 (groups of 32) and int8. "16" is always among the choices.
         importance: path -> w [out, in], e.g. squared gradients ("fisher" of `criteria.gather`); default 1.
 
     Raises:
-        ConfigError: even the smallest choice does not fit; the message says what would.
+        ConfigError: even the smallest choice does not fit (the message says what would), a weight is packed already, or
+            a scheme is called "16".
     """
     names = dict(schemes) if schemes is not None else {n: n for n in ("int2", "int4", "int8")}
+    if "16" in names:
+        raise ConfigError("a scheme is called '16', which is bf16 here; give it another label")
     layers = linears(model, pattern)
-    front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
+    options: list[list[tuple[int, float, str]]] = []
     for path, layer in layers.items():
+        _check_dense(path, layer)
         W = layer.weight.detach()
         w = None if importance is None else importance[path]
-        options = [(int(W.nbytes), 0.0, "16")]
-        for label, value in names.items():
-            Q = PackedWeight.of(W, scheme_of(value))
-            error = (W.float() - Q.dense().float()).square()
-            options.append((Q.packed_bytes, float((error if w is None else error * w).double().sum()), label))
-        front = _pareto([(b + x, e + y, (*c, n)) for b, e, c in front for x, y, n in options if b + x <= budget_bytes])
+        offered = {label: scheme_of(value) for label, value in names.items()} | {"16": sixteen(W)}
+        options.append([_cost(W, w, s, label) for label, s in offered.items()])
+    front: list[tuple[int, float, tuple[str, ...]]] = [(0, 0.0, ())]
+    for mine in options:
+        front = _pareto([(b + x, e + y, (*c, n)) for b, e, c in front for x, y, n in mine if b + x <= budget_bytes])
         if not front:
-            least = sum(min(PackedWeight.of(m.weight, scheme_of(s)).packed_bytes for s in names.values())
-                        for m in layers.values())  # fmt: skip
+            least = sum(min(cost[0] for cost in each) for each in options)
             raise ConfigError(f"budget_bytes {budget_bytes} is too small for {len(layers)} layers; {least} would do")
     best = min(front, key=lambda state: (state[1], state[0]))
     return {path: names.get(label, label) for path, label in zip(layers, best[2], strict=True)}
+
+
+def _cost(W: Tensor, w: Tensor | None, scheme: Scheme | None, label: str) -> tuple[int, float, str]:
+    """(bytes, loss, label) of one weight under one scheme; None leaves it as it is."""
+    if scheme is None:
+        return W.nbytes, 0.0, label
+    Q = PackedWeight.of(W, scheme)
+    error = (W.float() - Q.dense().float()).square()
+    return Q.packed_bytes, float((error if w is None else error * w).double().sum()), label
 
 
 def _pareto(states: list[tuple[int, float, tuple[str, ...]]]) -> list[tuple[int, float, tuple[str, ...]]]:

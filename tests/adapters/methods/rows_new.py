@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import torch
-from table import Row
-from torch import Tensor
+from table import Row, scattered
 
 import mmpeft
-
-
-def scattered(W: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """W plus the values at their flat places."""
-    return W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape)
-
 
 NEW_ROWS = {
     "attn-scale-lite": Row(

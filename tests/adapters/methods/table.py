@@ -41,10 +41,16 @@ class Row:
     stacks: bool = True  # adapts expert stacks too
     lr: float = 0.03
     size: float = 0.3  # spread of the random tensors that tests fill in
+    tensor: str = ""  # of vector methods: the vector of the linear place that they adapt, by its path in the model
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("o,i->oi", a, b)
+
+
+def scattered(W: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """W plus the values at their flat places."""
+    return W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape)
 
 
 def block(parts: list[Tensor]) -> Tensor:
@@ -389,25 +395,25 @@ ROWS: dict[str, Row] = {
     ),
     "sparse": Row(
         sparse.Sparse(count=20),
-        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        scattered,
         lambda o, i: 20,
         size=1.0,
     ),
     "shira": Row(
         sparse.SHiRA(rank=1),
-        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        scattered,
         lambda o, i: o + i,
         size=1.0,
     ),
     "pafi": Row(
         sparse.PaFi(density=0.1),
-        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        scattered,
         lambda o, i: round(0.1 * o * i),
         size=1.0,
     ),
     "spiel": Row(
         mmpeft.SpIEL(density=0.1),
-        lambda W, p: W + torch.sparse_coo_tensor(p["index"][None], p["value"], (W.numel(),)).to_dense().view(W.shape),
+        scattered,
         lambda o, i: round(0.1 * o * i),
         size=1.0,
     ),
@@ -515,7 +521,8 @@ class _Read(nn.Module):
 
 def grid() -> list[tuple[str, Place]]:
     """(row, place) pairs that make sense together; experts have sides of 8, 6 and 4, so they get their own test."""
-    return [(name, place) for place in PLACES[:-1] for name in ROWS if name not in place.refuses]
+    matrices = [(name, place) for place in PLACES[:-1] for name in ROWS if name not in place.refuses]
+    return matrices + [(name, place) for place in PLACES[:3] for name in VECTORS]
 
 
 def build(name: str, place: Place, adapter: str = "a", **kwargs: Any) -> tuple[nn.Module, Tensor, Tensor]:
@@ -524,16 +531,27 @@ def build(name: str, place: Place, adapter: str = "a", **kwargs: Any) -> tuple[n
     model, x = place.make().eval(), place.data()
     with torch.no_grad():
         base = model(x).clone()
-    mmpeft.attach(model, {place.match: ROWS[name].method}, name=adapter, example=x, **kwargs)
+    mmpeft.attach(model, {match_of(name, place): ALL[name].method}, name=adapter, example=x, **kwargs)
     return model, x, base
 
 
-def weight_delta(model: nn.Module, adapter: str = "a") -> Any:
-    """The delta on the first matrix."""
-    return next(d for d in deltas(model, adapter) if "bias" not in d.site.tensor)
+def match_of(name: str, place: Place) -> str:
+    """The pattern of a row at a place: its matrix, or the module of the row's vector."""
+    path = ALL[name].tensor
+    return path.rpartition(".")[0] if path else place.match
 
 
-from rows_new import NEW_ROWS  # noqa: E402  (rows of further families; they use `Row` from here)
+def weight_delta(model: nn.Module, adapter: str = "a", tensor: str = "") -> Any:
+    """The delta on the first matrix, or on a vector by its path."""
+    found = deltas(model, adapter)
+    if tensor:
+        return next(d for d in found if f"{d.site.path}.{d.site.tensor}" == tensor)
+    return next(d for d in found if "bias" not in d.site.tensor)
+
+
+from rows_core import CORE_ROWS, VECTORS  # noqa: E402  (rows of further families; they use `Row` from here)
+from rows_new import NEW_ROWS  # noqa: E402
 from rows_rank import RANK_ROWS  # noqa: E402
 
-ROWS.update({**RANK_ROWS, **NEW_ROWS})
+ROWS.update({**CORE_ROWS, **RANK_ROWS, **NEW_ROWS})
+ALL = {**ROWS, **VECTORS}

@@ -279,6 +279,9 @@ def test_an_attention_that_cannot_be_entered_is_named():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ConfigError, match="pass num_heads="):
         mmpeft.attach(model, {"0": mmpeft.Prefix()}, example=torch.randn(2, 3, 8))
+    for method in (mmpeft.Prefix(num_heads=6), mmpeft.AttnScale(num_heads=6)):
+        with pytest.raises(ConfigError, match="6 heads do not divide a width of 8"):
+            mmpeft.attach(nn.Sequential(nn.Linear(8, 8)), {"0": method}, check=False)
 
 
 def test_in_timm_and_transformers():

@@ -7,26 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import close, deltas, fill
+from sparse_kit import data, losses, net
 from torch import nn
 
 import mmpeft
 from mmpeft.adapters.plan import Plan, resolve
 from mmpeft.adapters.selection import criteria
 from mmpeft.errors import ConfigError, NameNotFound
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
-
-
-def data(n=8):
-    torch.manual_seed(1)
-    return torch.randn(n, 6), torch.randint(0, 3, (n,))
-
-
-def losses(model, x, y):
-    return [lambda i=i: F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
 
 
 def gradients(model, x, y):
@@ -246,3 +233,78 @@ def test_cross_attention_alone_trains_with_its_norms_and_new_embeddings():
     assert plan == {f"layers.{i}.multihead_attn": mmpeft.LoRA(rank=2) for i in (0, 1)}
     with pytest.raises(NameNotFound, match="encoder_attn"):
         mmpeft.cross_attention_plan(net())
+
+
+# --- SPT
+# --------------------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Two feed-forwards, the second of little effect: [B, 6] -> [B, 3]."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x + self.mlp[0](x) + 0.6 * self.mlp[1](x))
+
+
+def squared_gradients(model, x, y, names):
+    weights = [model.get_parameter(n) for n in names]
+    grads = [torch.autograd.grad(loss(), weights) for loss in losses(model, x, y)]
+    return {n: torch.stack(g).square().mean(0) for n, g in zip(names, zip(*grads, strict=True), strict=True)}
+
+
+def test_spt_adapter_weighs_a_bottleneck_against_the_sensitive_weights_of_its_module():
+    torch.manual_seed(0)
+    model, (x, y) = Blocks().eval(), data()
+    names = [f"mlp.{i}.{j}.weight" for i in (0, 1) for j in (0, 2)]
+    found = criteria.top(squared_gradients(model, x, y, names), round(0.3 * 4 * 48))
+    counts = {n: len(found.get(n, ())) for n in names}
+    method = mmpeft.Bottleneck(size=1, dim=6)  # 2 * 6 + 1 + 6 = 19 numbers
+    plans = mmpeft.spt_plan(model, "mlp.*", losses(model, x, y), density=0.3, method=method)
+    assert (
+        counts["mlp.0.0.weight"] + counts["mlp.0.2.weight"] >= 19 > counts["mlp.1.0.weight"] + counts["mlp.1.2.weight"]
+    )
+    assert [(r.match, r.methods) for r in plans["structured"].rules] == [("mlp.0", (method,))]
+    entries = {n: c for n, c in counts.items() if c and n.startswith("mlp.1")}
+    assert entries and {r.match: r.methods[0].count for r in plans["sparse"].rules} == entries
+    few = sum(c for n, c in counts.items() if n.startswith("mlp.1"))
+    both = mmpeft.spt_plan(model, "mlp.*", losses(model, x, y), density=0.3, method=method, alpha=19 / few)
+    assert [r.match for r in both["structured"].rules] == ["mlp.0", "mlp.1"] and "sparse" not in both
+    mmpeft.attach(model, plans["structured"], name="a", example=x)
+    (d,) = deltas(model)
+    assert d.site.path == "mlp.0" and sum(getattr(d, n).numel() for n in d.trained) == 19
+    mmpeft.detach(model)
+    large = mmpeft.Bottleneck(size=9, dim=6)
+    wide = mmpeft.spt_plan(model, "mlp.*", losses(model, x, y), density=0.1, method=large)
+    assert set(wide) == {"sparse"}, "an adapter larger than the budget is nowhere worth it"
+
+
+def test_spt_takes_the_squared_gradient_and_any_weight_method():
+    model, (x, y) = net(), data()
+    squares = squared_gradients(model, x, y, ["0.weight", "2.weight"])
+    best = criteria.top(squares, round(0.5 * 81))
+    for method, trained in ((mmpeft.IA3(side="out"), {"0.weight": 9, "2.weight": 3}),
+                            (mmpeft.LoHa(rank=1), {"0.weight": 30, "2.weight": 24})):  # fmt: skip
+        plans = mmpeft.spt_plan(model, "{0,2}.weight", losses(model, x, y), density=0.5, method=method)
+        dense = [n for n in squares if len(best.get(n, ())) >= trained[n]]
+        assert [r.match for r in plans["structured"].rules] == dense
+        sparse = {r.match: r.methods[0] for r in plans["sparse"].rules} if "sparse" in plans else {}
+        assert {n: m.count for n, m in sparse.items()} == {n: len(i) for n, i in best.items() if n not in dense}
+        assert all(m.criterion == "fisher" for m in sparse.values())
+
+
+def test_spt_refuses_what_has_no_weights_to_compare():
+    model, (x, y) = Blocks(), data()
+    made = losses(model, x, y)
+    for pattern, method, message in (
+        ("{mlp.0,mlp.0.2}", mmpeft.Bottleneck(size=1, dim=6), "mlp.0.2.weight lies in two sites"),
+        ("mlp.0.1", mmpeft.Bottleneck(size=1, dim=6), "mlp.0.1 has no matrix"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mmpeft.spt_plan(model, pattern, made, density=0.1, method=method)
+    with pytest.raises(NameNotFound):
+        mmpeft.spt_plan(model, "mlpp", made, density=0.1, method=mmpeft.LoRA(rank=1))

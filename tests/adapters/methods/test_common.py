@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
 from cases import close, deltas, fill
-from table import INTO, OUT, PLACES, ROWS, build, grid, weight_delta
+from table import ALL, INTO, OUT, PLACES, ROWS, build, grid, match_of, weight_delta
 from torch import nn
 
 import mmpeft
@@ -18,12 +19,13 @@ from mmpeft.errors import MmpeftError, Unsupported
 
 GRID = pytest.mark.parametrize(("name", "place"), grid(), ids=str)
 NAMES = pytest.mark.parametrize("name", ROWS)
+ANY = pytest.mark.parametrize("name", ALL)  # vector methods too
 DROPS = [n for n, row in ROWS.items() if "dropout" in {f.name for f in dataclasses.fields(row.method)} and row.factored]
 LINEAR, NARROW, EXPERTS = PLACES[0], PLACES[1], PLACES[-1]
 
 
 def shake(model: nn.Module, name: str, adapter: str = "a", seed: int = 1) -> None:
-    fill(model, adapter, seed, ROWS[name].size)
+    fill(model, adapter, seed, ALL[name].size)
 
 
 @GRID
@@ -36,7 +38,7 @@ def test_start_effect_gradient_merge_file_and_detach(name, place, tmp_path):
     outputs = []
     for mode in (True, False):
         model.train(mode)
-        assert close(model(x), base, ROWS[name].gap)
+        assert close(model(x), base, ALL[name].gap)
     shake(model, name)
     for mode in (True, False):
         model.train(mode)
@@ -111,10 +113,10 @@ def test_two_adapters_compose_left_to_right_and_average(name):
             assert close(model(x), torch.tanh(nn.functional.linear(model.norm(x), expected, bias)), 2e-5)
 
 
-@NAMES
+@ANY
 def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
     model, x, base = build(name, LINEAR)
-    mmpeft.attach(model, {"site": ROWS[name].method}, name="b", example=x)
+    mmpeft.attach(model, {match_of(name, LINEAR): ALL[name].method}, name="b", example=x)
     shake(model, name, "a", 1)
     shake(model, name, "b", 2)
     with torch.no_grad():
@@ -123,8 +125,9 @@ def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
             mmpeft.use(model, adapter)
             singles[adapter] = model(x)
         rows = ["a", None, "b"]
-        if not ROWS[name].factored:
-            with pytest.raises(MmpeftError, match=r"(?s)rows=.*site\.weight"), mmpeft.use(model, rows=rows):
+        if not ALL[name].factored:
+            place = re.escape(ALL[name].tensor or "site.weight")
+            with pytest.raises(MmpeftError, match=rf"(?s)rows=.*{place}"), mmpeft.use(model, rows=rows):
                 model(x)
             return
         with mmpeft.use(model, rows=rows):
@@ -133,7 +136,7 @@ def test_rows_of_a_batch_mix_or_are_refused_by_name(name):
             assert close(y[i], singles[adapter][i]), adapter
 
 
-@NAMES
+@ANY
 def test_precision_and_pickle(name):
     """Adapters stay fp32 on a bf16 base, follow to fp64, and a pickled model computes the same."""
     model, x, _ = build(name, LINEAR)
@@ -171,11 +174,11 @@ def test_dropout_acts_in_training_and_is_refused_where_nothing_can_be_dropped(na
         mmpeft.attach(read.make(), {read.match: method}, example=read.data())
 
 
-@NAMES
+@ANY
 def test_learns_a_planted_task_that_the_frozen_model_cannot_do(name):
     """Data made by the same model under a random adapter of the same method; the base does not fit it, training
     does."""
-    row = ROWS[name]
+    row = ALL[name]
     model, _, _ = build(name, LINEAR)
     teacher = copy.deepcopy(model)
     shake(teacher, name, seed=5)
@@ -196,29 +199,37 @@ def test_learns_a_planted_task_that_the_frozen_model_cannot_do(name):
     assert min(losses[-5:]) < 0.25 * losses[0], f"{losses[0]:.4f} -> {losses[-1]:.4f}"
 
 
-@NAMES
+@ANY
 def test_definition_in_float64(name):
     """The weight equals the formula of the paper, written independently in the table."""
     torch.manual_seed(0)
     model = LINEAR.make().double().eval()
-    mmpeft.attach(model, {"site": ROWS[name].method}, name="a", example=torch.randn(3, 5, INTO).double())
+    row = ALL[name]
+    mmpeft.attach(model, {match_of(name, LINEAR): row.method}, name="a", example=torch.randn(3, 5, INTO).double())
     shake(model, name)
-    delta = weight_delta(model)
+    owner, _, tensor = (row.tensor or "site.weight").rpartition(".")
+    delta = weight_delta(model, tensor=row.tensor)
     tensors = {n: t.detach() for n, t in delta._parameters.items()}
-    W = model.site._parameters["weight"].detach()
+    module = model.get_submodule(owner)
+    W = module._parameters[tensor].detach()
     assert W.dtype == torch.float64
-    assert close(model.site.weight.detach(), ROWS[name].define(W, tensors), 1e-10)
+    assert close(getattr(module, tensor).detach(), row.define(W, tensors), 1e-10)
+    assert not close(getattr(module, tensor).detach(), W, 1e-3)
 
 
-@NAMES
+@ANY
 def test_count_also_on_the_meta_device(name):
-    row = ROWS[name]
+    row = ALL[name]
     for out, into in ((OUT, INTO), (INTO, OUT)):
         if name == "lokr-full" and out < into:
             continue
-        model = nn.Sequential(nn.Linear(into, out))
+
+        def make(out=out, into=into):
+            return nn.Sequential(nn.LayerNorm(into) if row.tensor.startswith("norm") else nn.Linear(into, out))
+
+        model = make()
         with torch.device("meta"):
-            ghost = nn.Sequential(nn.Linear(into, out))
+            ghost = make()
         assert mmpeft.inspect(ghost, {"0": row.method}).trainable == row.count(out, into)
         mmpeft.attach(model, {"0": row.method}, name="a", example=torch.randn(3, into))
         trained = {id(d._parameters[n]): d._parameters[n] for d in deltas(model) for n in d.trained}
@@ -277,7 +288,10 @@ WHOLE = (
     "dna",
     "diff-pruning",
 )  # these take the stack as one list of numbers
-SHARED = {"kadaptation": ("A",), "kadaptation-full": ("A",), "delta-lora": ("on",)}
+SHARED = {
+    "kadaptation": ("A",), "kadaptation-full": ("A",), "delta-lora": ("on",), "rocoft": ("index",),
+    "rocoft-columns": ("index",),
+}  # fmt: skip
 
 
 def define_small(name, W, tensors):

@@ -233,7 +233,7 @@ def test_autoloras_gradient_is_that_of_the_unrolled_step():
 def test_autolora_finds_the_component_that_validation_needs():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(64, 8)
-    mmpeft.attach(model, {"0": AutoLoRA(rank=4)}, name="a", example=x)
+    mmpeft.attach(model, {"0": AutoLoRA(rank=4, alpha=8)}, name="a", example=x)
     d = deltas(model)[0]
     with torch.no_grad():
         d.B.normal_()
@@ -245,7 +245,12 @@ def test_autolora_finds_the_component_that_validation_needs():
     assert d.logits.argmax() == 1 and search.ranks() == {"0.weight": 1}
     plan = search.plan()
     other = nn.Sequential(nn.Linear(8, 8))
-    assert mmpeft.inspect(other, plan).trainable == 16
+    assert mmpeft.inspect(other, plan).trainable == 16 and plan.rules[0].methods[0].scale == 2.0
+    with torch.no_grad():
+        d.logits.zero_()
+    search.deltas[0][1].method = AutoLoRA(rank=4, threshold=0.5)
+    with pytest.raises(ConfigError, match="no component of 1 sites"):
+        search.plan()
     assert all(g["lr"] == 0 for g in mmpeft.parameter_groups(model, lr=1.0) if any(p is d.logits for p in g["params"]))
 
 

@@ -175,6 +175,14 @@ def test_orthogonal_penalty_pushes_a_new_task_out_of_the_old_subspaces():
     assert all(q.A.detach().norm() > 0.1 for _, q in pairs)
 
 
+@pytest.mark.parametrize("method", [mmpeft.VeRA(rank=2), mmpeft.LoRAFA(rank=2), mmpeft.KronA()], ids=lambda m: m.name)
+def test_orthogonal_penalty_wants_a_trained_input_subspace(method):
+    model = small(mmpeft.LoRA(rank=2))
+    mmpeft.attach(model, {"{0,2}": method}, name="b", example=torch.randn(3, 6))
+    with pytest.raises(ConfigError, match=f"trained in 'b'; not so in lora and {method.name}"):
+        lora_noise.orthogonal_penalty(model, "b", ["a"])
+
+
 PRUNE = {"sparsity": 0.5, "begin": 0, "end": 2}
 
 

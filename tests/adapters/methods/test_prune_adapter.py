@@ -188,13 +188,8 @@ def test_ist_finds_the_layer_that_matters():
         (lambda: mmpeft.LayerSampler(layered()[0], active=5, name="a"), ConfigError, "4 layers, active 5"),
         (lambda: mmpeft.LayerSampler(layered()[0], active=1, trials=1, name="a"), ConfigError, "trials 1"),
         (lambda: mmpeft.LayerSampler(layered()[0], active=1, name="b"), NameNotFound, "no adapter 'b'"),
-        (
-            lambda: mmpeft.LayerSampler(layered(mmpeft.OFT(block_size=2))[0], active=1, name="a").update(lambda: torch.ones(())),
-            Unsupported,
-            "oft at",
-        ),
     ],
-)  # fmt: skip
+)
 def test_ist_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()

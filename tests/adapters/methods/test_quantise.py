@@ -18,12 +18,22 @@ import mmpeft
 from mmpeft.adapters.fingerprint import fingerprint
 from mmpeft.adapters.methods import quantised
 from mmpeft.adapters.storage import nf4
-from mmpeft.adapters.storage.integer import FP8, Int, pack, unpack
+from mmpeft.adapters.storage.integer import BF16, FP8, Int, pack, unpack
 from mmpeft.adapters.storage.packed_weight import PackedWeight
 from mmpeft.adapters.storage.quantise import linears
 from mmpeft.errors import ConfigError, FileFormatError, MmpeftError, NameNotFound, Unsupported
 
-ALL = [nf4.NF4(), nf4.NF4(double=False), Int(8), Int(4, 8), Int(4, 8, True), Int(2, 4), Int(8, affine=True), FP8()]
+ALL = [
+    nf4.NF4(),
+    nf4.NF4(double=False),
+    Int(8),
+    Int(4, 8),
+    Int(4, 8, True),
+    Int(2, 4),
+    Int(8, affine=True),
+    FP8(),
+    BF16(),
+]
 
 
 def test_nf4_levels_are_the_papers_quantiles():
@@ -242,7 +252,9 @@ def test_bit_allocation_is_the_best_there_is():
 
     def cost(path, label):
         if label == "16":
-            return W[path].nbytes, 0.0
+            return 2 * W[path].numel(), float(
+                ((W[path] - W[path].bfloat16().float()).square() * importance[path]).sum()
+            )
         Q = PackedWeight.of(W[path], schemes[label])
         return Q.packed_bytes, float(((W[path] - Q.dense()).square() * importance[path]).sum())
 
@@ -265,6 +277,40 @@ def test_bit_allocation_is_the_best_there_is():
     assert mmpeft.packed_bytes(twin) <= budget + sum(
         p.nbytes for n, p in twin.named_parameters() if not n.endswith(("up.weight", "down.weight", "head.weight"))
     )
+
+
+def test_sixteen_bits_are_two_bytes_a_number_on_any_base(tmp_path):
+    """fp32 layers, two of 64 x 64: 16,384 bytes hold them in bf16, which a budget of 20,000 takes over int8."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(3, 64)
+    W = [layer.weight.detach().clone() for layer in model]
+    assert mmpeft.plan_bits(model, "*", 20_000) == {"0": "16", "1": "16"} == mmpeft.plan_bits(model, "*", 16_384)
+    assert sorted(mmpeft.plan_bits(model, "*", 16_383).values()) == ["16", "int8"]
+    half = copy.deepcopy(model).half()
+    assert mmpeft.plan_bits(half, "*", 16_384) == {"0": "16", "1": "16"}
+    assert mmpeft.quantise(half, {"*": "16"}) == {} and half[0].weight.dtype == torch.float16  # nothing to do
+
+    assert mmpeft.quantise(model, {"*": "16"}) == {"0": BF16(), "1": BF16()}
+    stored = model[0].weight
+    assert isinstance(stored, PackedWeight) and stored.packed_bytes == stored.nbytes == 8_192
+    assert mmpeft.packed_bytes(model) == 16_384 + 2 * 64 * 4
+    assert stored.dtype == torch.float32 and stored.packed["codes"].dtype == torch.bfloat16
+    assert torch.equal(model[1].weight.dense(), W[1].bfloat16().float())
+    expected = x
+    for w, layer in zip(W, model, strict=True):
+        expected = F.linear(expected, w.bfloat16().float(), layer.bias)
+    assert torch.equal(model(x), expected)
+    mmpeft.save_packed(model, tmp_path / "base.safetensors")
+    again = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert mmpeft.load_packed(again, tmp_path / "base.safetensors") == ["0", "1"]
+    assert again[0].weight.scheme == BF16() and torch.equal(again[0].weight.dense(), W[0].bfloat16().float())
+    kept = net()
+    assert list(mmpeft.quantise(kept, {"{up,down}": "int8", "down": "keep"})) == ["up"]
+    assert list(mmpeft.quantise(net(), {"{up,down}": "bf16"})) == ["up", "down"]
+    with pytest.raises(ConfigError, match="packed already"):
+        mmpeft.plan_bits(model, "*", 20_000)
+    with pytest.raises(ConfigError, match="called '16'"):
+        mmpeft.plan_bits(net(), "up", 20_000, schemes={"16": "int8"})
 
 
 def bitsandbytes_state(W, double, block=64, nested=256):

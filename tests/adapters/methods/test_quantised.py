@@ -63,10 +63,13 @@ def test_qalora_merges_into_the_zeros_without_touching_integers():
     assert torch.equal(model.up.weight.packed["codes"], codes) and torch.equal(model.up.weight.packed["scale"], scale)
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("group", [None, 8])
-def test_peqa_trains_scales_of_fixed_integers(group, tmp_path):
+def test_peqa_trains_scales_of_fixed_integers(group, affine, tmp_path):
     model, x = net(), torch.randn(3, 16)
-    mmpeft.quantise(model, "up", Int(4, group))
+    with torch.no_grad():
+        model.up.weight.add_(0.2)  # far from symmetric
+    mmpeft.quantise(model, "up", Int(4, group, affine))
     base = model(x)
     groups = 1 if group is None else 2
     assert mmpeft.inspect(net(), {"up": quantised.PEQA(group=group)}).trainable == 24 * groups
@@ -74,9 +77,15 @@ def test_peqa_trains_scales_of_fixed_integers(group, tmp_path):
     assert close(model(x), base, 1e-6)
     fill(model, size=0.01)
     W, d = model.up._parameters["weight"], deltas(model)[0]
-    integers = W.scheme.integers(W.packed, W.shape)
-    expected = (integers * (W.packed["scale"] + d.ds).unsqueeze(-1)).reshape(24, 16)
-    assert close(model.up.weight, expected, 1e-6)
+    integers, s = W.scheme.integers(W.packed, W.shape), W.packed["scale"]
+    # The paper's formula: integers and zero points, here -zero / s in units of the grid, stay, scales move.
+    z = -W.packed["zero"] / s if affine else torch.zeros_like(s)
+    assert close(W.dense(), (s.unsqueeze(-1) * (integers - z.unsqueeze(-1))).reshape(24, 16), 1e-6)
+    expected = ((s + d.ds).unsqueeze(-1) * (integers - z.unsqueeze(-1))).reshape(24, 16)
+    assert close(model.up.weight, expected, 1e-6) and not close(expected, W.dense(), 1e-2)
+    G = torch.randn(24, 16)
+    (found,) = torch.autograd.grad((model.up.weight * G).sum(), d.ds)
+    assert close(found, (G.view(24, groups, -1) * (integers - z.unsqueeze(-1))).sum(-1), 1e-3)
     y = model(x)
     mmpeft.save(model, tmp_path)
     mmpeft.detach(model)
@@ -84,6 +93,20 @@ def test_peqa_trains_scales_of_fixed_integers(group, tmp_path):
     assert close(model(x), y, 1e-6)
     with pytest.raises(ConfigError, match="the base is dense"):
         mmpeft.attach(net(), {"up": quantised.PEQA(group=group)}, example=x)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_peqa_on_rows_of_equal_numbers(affine):
+    """They have no scale: codes are 0 whatever it is, and the numbers' own size stands for it."""
+    model, x = net(), torch.randn(3, 16)
+    with torch.no_grad():
+        model.up.weight[0], model.up.weight[1] = -0.4, 0
+    mmpeft.quantise(model, "up", Int(4, affine=affine))
+    mmpeft.attach(model, {"up": quantised.PEQA()}, name="a", example=x)
+    with torch.no_grad():
+        deltas(model)[0].ds.fill_(0.1)
+    expected = -0.5 if affine else -0.4 * (1 + 0.1 / (0.4 / 7))  # one step of 0.4 below zero; seven steps of 0.4 / 7
+    assert close(model.up.weight[0], torch.full((16,), expected), 1e-5) and not model.up.weight[1].any()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -6,26 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import close, deltas
+from sparse_kit import data, losses, net
 from torch import nn
 
 import mmpeft
 from mmpeft.adapters.plan import Plan, resolve
 from mmpeft.adapters.selection import criteria, sparsify
 from mmpeft.errors import ConfigError, NameNotFound
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
-
-
-def data(n=8):
-    torch.manual_seed(1)
-    return torch.randn(n, 6), torch.randint(0, 3, (n,))
-
-
-def losses(model, x, y):
-    return [lambda i=i: F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
 
 
 def gather(model, made=(), **kwargs):
@@ -179,6 +166,15 @@ def test_spiel_moves_to_the_largest_gradients_and_keeps_its_size():
     assert all(not t[least].any() for t in optimizer.state[d.value].values() if t.ndim)
     with pytest.raises(ConfigError, match="share 1.5"):
         mmpeft.spiel_step(model, batch, 1.5, name="a")
+
+
+def test_spiel_in_a_dense_site_takes_no_place_twice():
+    model, (x, y) = net(), data()
+    mmpeft.attach(model, {"0": mmpeft.SpIEL(density=0.75)}, name="a", example=x)
+    (d,) = deltas(model)
+    places, free = len(d.index), model[0].weight.numel() - len(d.index)
+    assert mmpeft.spiel_step(model, [lambda: F.cross_entropy(model(x), y)], 0.8, name="a") == free < 0.8 * places
+    assert len(d.index.unique()) == places
 
 
 def test_rose_pruner_keeps_the_top_share_of_every_row_of_a_and_column_of_b():
@@ -335,10 +331,10 @@ def test_spt_gives_lora_where_sensitive_weights_are_dense_and_entries_elsewhere(
     evidence = gather(model, made)
     scores = {n: criteria.criterion("fisher")(e) for n, e in evidence.items()}
     best = criteria.top(scores, round(0.4 * 81))
-    plans = mmpeft.spt_plan(model, "{0,2}", made, density=0.4, lora=mmpeft.LoRA(rank=1), by="fisher")
-    kinds = {"lora": [], "sparse": []}
+    plans = mmpeft.spt_plan(model, "{0,2}", made, density=0.4, method=mmpeft.LoRA(rank=1))
+    kinds = {"structured": [], "sparse": []}
     for name, index in best.items():
-        kinds["lora" if len(index) > sum(scores[name].shape) else "sparse"].append(name)
+        kinds["structured" if len(index) >= sum(scores[name].shape) else "sparse"].append(name)
     assert {k: [r.match for r in p.rules] for k, p in plans.items()} == {k: v for k, v in kinds.items() if v}
     for rule in plans["sparse"].rules:
         assert rule.methods[0].count == len(best[rule.match])

@@ -9,6 +9,7 @@ from cases import close, deltas
 from torch import nn
 
 import mmpeft
+from mmpeft.adapters.methods import steering
 from mmpeft.errors import ConfigError
 
 
@@ -92,6 +93,85 @@ def test_iti_finds_the_heads_that_tell_and_shifts_them_by_their_spread():
         assert close(model[0](negative), expected)
     with pytest.raises(ConfigError, match="1 to 8"):
         mmpeft.fit_iti(model, [positive], [negative], 9, name="a")
+
+
+def probed(positive, negative):
+    """A model that passes its input on: head h of the site sees channels 2 h and 2 h + 1 of the last token."""
+    model = nn.Sequential(Block())
+    with torch.no_grad():
+        model[0].q.weight.copy_(0.1 * torch.eye(8))
+        model[0].q.bias.zero_()
+    mmpeft.attach(model, {"*.out": mmpeft.ITI()}, name="a", example=negative)
+    heads = [torch.tanh(0.1 * x[:, -1]).double().unflatten(-1, (4, 2)) for x in (positive, negative)]
+    return model, heads
+
+
+def test_logistic_probes_are_those_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(0)
+    positive, negative = torch.randn(30, 3, 5).double() + 0.4, 3 * torch.randn(50, 3, 5).double()
+    positive[:, 2] += 20  # separable: without the penalty there is no minimum
+    w, b = steering.logistic_probes(positive, negative)
+    x, y = torch.cat([positive, negative]), [1] * 30 + [0] * 50
+    for h in range(3):
+        theirs = linear_model.LogisticRegression(max_iter=10_000, tol=1e-10).fit(x[:, h].numpy(), y)
+        assert close(w[h], torch.tensor(theirs.coef_[0]), 1e-4) and close(
+            b[h], torch.tensor(theirs.intercept_[0]), 1e-4
+        )
+        p = torch.sigmoid(x[:, h] @ w[h] + b[h]) - torch.tensor(y)
+        assert float((p @ x[:, h] + w[h]).abs().max()) < 1e-6 and abs(float(p.sum())) < 1e-6  # its gradient
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (40, 25)])
+def test_iti_scores_its_probes_on_held_out_inputs(sizes):
+    """The split, the probes of the one part and their hits on the other, written out."""
+    torch.manual_seed(3)
+    positive, negative = (torch.randn(n, 2, 8) for n in sizes)
+    positive[:, -1, 4:6] += 2.0  # head 2 tells something, the others nothing
+    model, (p, n) = probed(positive, negative)
+    found = mmpeft.fit_iti(model, [positive], [negative], 4, name="a", held_out=0.25, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    orders = [torch.randperm(len(z), generator=generator) for z in (p, n)]
+    orders = [orders[0]] * 2 if sizes[0] == sizes[1] else orders  # pairs stay together
+    few = [round(0.25 * len(z)) for z in (p, n)]
+    w, b = steering.logistic_probes(p[orders[0][few[0] :]], n[orders[1][few[1] :]])
+    right = ((p[orders[0][: few[0]]] * w).sum(-1) + b > 0).sum(0) + ((n[orders[1][: few[1]]] * w).sum(-1) + b <= 0).sum(
+        0
+    )
+    accuracy = (right / sum(few)).tolist()
+    assert {h: a for _, h, a in found} == pytest.approx(dict(enumerate(accuracy)))
+    assert [a for *_, a in found] == pytest.approx(sorted(accuracy, reverse=True)) and found[0][:2] == ("0.out", 2)
+
+
+@pytest.mark.parametrize("direction", ["mean", "probe"])
+def test_iti_takes_given_held_out_inputs_and_either_direction(direction):
+    torch.manual_seed(4)
+    positive, negative, more, less = (torch.randn(n, 2, 8) for n in (30, 20, 8, 12))
+    for x in (positive, more):
+        x[:, -1, 2:4] += torch.tensor([1.5, 0.5])
+    model, (p, n) = probed(positive, negative)
+    held = [torch.tanh(0.1 * x[:, -1]).double().unflatten(-1, (4, 2)) for x in (more, less)]
+    options = {"name": "a", "held_out": ([more], [less[:5], less[5:]]), "direction": direction}
+    ((site, head, accuracy),) = mmpeft.fit_iti(model, [positive], [negative[:7], negative[7:]], 1, **options)
+    w, b = steering.logistic_probes(p, n)
+    right = ((held[0] * w).sum(-1) + b > 0).sum(0) + ((held[1] * w).sum(-1) + b <= 0).sum(0)
+    assert (site, head) == ("0.out", 1) and accuracy == pytest.approx(float(right[1]) / 20)
+    p, n = torch.cat([p, held[0]])[:, 1], torch.cat([n, held[1]])[:, 1]
+    theta = F.normalize(p.mean(0) - n.mean(0) if direction == "mean" else w[1], dim=0)
+    (d,) = deltas(model)
+    assert close(d.v[1].double(), (torch.cat([p, n]) @ theta).std() * theta, 1e-6) and not d.v[[0, 2, 3]].any()
+
+
+def test_bad_splits_of_iti_are_refused():
+    positive, negative = pairs(2)
+    model, _ = probed(positive, negative)
+    for options, message in (
+        ({"held_out": 0.0}, "between 0 and 1"),
+        ({"held_out": 0.9}, "0.9 of 2 inputs leaves none"),
+        ({"direction": "pca"}, "mean, probe"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mmpeft.fit_iti(model, [positive], [negative], 1, name="a", **options)
 
 
 @pytest.mark.parametrize("hard", [None, 3])
