@@ -3,10 +3,12 @@
     python -m benchmarks.methods                        # CPU; appends to results/methods.jsonl, rewrites README.md's table
     python -m benchmarks.methods --device cuda --hidden 1024 --layers 8 --tokens 4096
     python -m benchmarks.methods --methods DoRA,OFT --dry
+    python -m benchmarks.methods --methods PEQA --add         # into the last run's table, beside its own LoRA
 
 A Llama of random weights, with biases (for methods that need them), fp32. Weight methods adapt all seven linear layers of each block, methods around a call its
 feed-forward (or its attention, where they work inside one), prompts the decoder; fields are the defaults, but where
-those do not fit this model or need data (`FIELDS`). A step is forward, backward and AdamW. Each method is timed in turn
+those do not fit this model or need data (`FIELDS`, `OWN`). PEQA gets a base of 8-bit integers, NEFT the weights after a
+pretended run. A step is forward, backward and AdamW. Each method is timed in turn
 with LoRA(rank=8) on the seven linears, step by step, so that its ratio is of neighbours; medians are reported: on a CPU
 of the process's own CPU time (other programs count less), on a GPU of the wall clock. Saved bytes are those of distinct tensors that autograd keeps, beside parameters, buffers and the input.
 """
@@ -31,7 +33,8 @@ from mmpeft.adapters import catalogue
 from mmpeft.adapters.costs import step_cost
 from mmpeft.adapters.inspect import brief
 from mmpeft.adapters.method import Method
-from mmpeft.errors import MmpeftError
+from mmpeft.adapters.storage.integer import Int
+from mmpeft.errors import ConfigError, MmpeftError
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "methods.jsonl", HERE / "README.md"
@@ -48,7 +51,9 @@ FIELDS: dict[str, Any] = {"criterion": "random"}  # for every method that has su
 OWN: dict[str, dict[str, Any]] = {
     "AttnScale": {"share": True},  # its tokens are set to the run's
     "QALoRA": {"group": 16},
+    "Compacter": {"reduction": 16},  # 192 / 32 is no multiple of its n
 }
+TRAINS_NOTHING = "it trains nothing"
 
 
 def build(method: Method, match: str, args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
@@ -63,25 +68,31 @@ def build(method: Method, match: str, args: argparse.Namespace) -> tuple[nn.Modu
     model = LlamaForCausalLM(config).to(args.device)
     ids = torch.randint(0, 512, (args.tokens // 64, 64), device=args.device)
     example = None if method.kind == "weight" else {"input_ids": ids[:2]}  # is a call's place the right one?
-    mmpeft.attach(model, {match: method}, example=example, check=example is not None)
+    if isinstance(method, mmpeft.PEQA):
+        mmpeft.quantise(model, match, Int(8, method.group))
+    if isinstance(method, mmpeft.NEFT):
+        after = {n: t + 0.01 * torch.randn_like(t) for n, t in model.state_dict().items()}
+        mmpeft.attach_selected(model, {match: method}, trained=after, check=False)
+    else:
+        mmpeft.attach(model, {match: method}, example=example, check=example is not None)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(TRAINS_NOTHING)
     return model.train(), torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-4)), ids
 
 
 def arm(cls: type[Method], args: argparse.Namespace) -> tuple[Method, str, Any] | str:
     """(method, where, what `build` gives), or why the method takes no place of this model."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    given = {k: v for k, v in FIELDS.items() if k in known} | OWN.get(cls.__name__, {})
+    given = {k: v for k, v in FIELDS.items() if k in known and cls is not mmpeft.NEFT} | OWN.get(cls.__name__, {})
     if "tokens" in known:
         given["tokens"] = 64
     reason = ""
     for match in PLACES[cls.kind]:
         try:
             method = cls(**given)
-            built = build(method, match, args)
-            trains = any(p.requires_grad for p in built[0].parameters())
-            return (method, match, built) if trains else "it trains nothing"
+            return method, match, build(method, match, args)
         except MmpeftError as error:
-            reason = reason or str(error).splitlines()[0][:160]
+            reason = str(error).splitlines()[0][:160] if not reason or str(error) == TRAINS_NOTHING else reason
     return reason
 
 
@@ -151,8 +162,35 @@ def table(run: dict[str, Any]) -> str:
             )
     out = [f"{x['method']} ({x['refused']})" for x in run["lines"] if "refused" in x]
     return "\n".join(
-        lines + (["", f"Not timed, since this model has no place for them: {'; '.join(out)}."] if out else [])
+        lines
+        + later(run["lines"])
+        + (["", f"Not timed: {'; '.join(out)}."] if out else [])
     )
+
+
+def later(lines: list[dict[str, Any]]) -> list[str]:
+    """Which rows were measured after the others, and when."""
+    by_date: dict[str, list[str]] = {}
+    for x in lines:
+        if "date" in x and "refused" not in x:
+            by_date.setdefault(x["date"], []).append(x["method"].partition("(")[0])
+    return ["", *(f"{', '.join(names)}: added {date}, beside LoRA again." for date, names in by_date.items())] if by_date else []
+
+
+def merged(last: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """A whole run with the lines of a part of it, each dated, in place of what it had of these methods.
+
+    Raises:
+        SystemExit: another device, model or torch.
+    """
+    for key in ("device", "torch", "model", "tokens", "steps", "clock"):
+        if last[key] != run[key]:
+            raise SystemExit(f"--add: {key} was {last[key]!r} and is {run[key]!r}; rows of one table share it")
+    new = [x | {"date": run["date"]} for x in run["lines"]]
+    names = [x["method"].partition("(")[0] for x in new]
+    kept = [x for x in last["lines"] if x["method"].partition("(")[0] not in names]
+    order = {c.__name__: i for i, c in enumerate(catalogue.methods())}
+    return last | {"lines": sorted(kept + new, key=lambda x: order.get(x["method"].partition("(")[0], len(order)))}
 
 
 def main() -> None:
@@ -163,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--methods", default="", help="class names, comma-separated; default: all")
+    parser.add_argument("--add", action="store_true", help="put these methods' lines into the last run's table")
     parser.add_argument("--dry", action="store_true", help="write neither results nor README")
     args = parser.parse_args()
     names = [n for n in args.methods.split(",") if n]
@@ -188,6 +227,8 @@ def main() -> None:
         "clock": "wall" if args.device == "cuda" else "CPU",
         "lines": lines,
     }
+    if args.add:
+        run = merged(json.loads(RESULTS.read_text(encoding="utf-8").splitlines()[-1]), run)
     if args.dry:
         print(table(run))
         return

@@ -176,14 +176,15 @@ from mmpeft.adapters.selection.placement import spt_plan as spt_plan
 from mmpeft.adapters.selection.prune_adapter import EntryMask as EntryMask
 from mmpeft.adapters.selection.prune_adapter import prune_entries as prune_entries
 from mmpeft.adapters.selection.prune_adapter import prune_units as prune_units
-from mmpeft.adapters.selection.rank import Constant as Constant
-from mmpeft.adapters.selection.rank import Cubic as Cubic
 from mmpeft.adapters.selection.rank import RankController as RankController
 from mmpeft.adapters.selection.rank_policies import Budget as Budget
 from mmpeft.adapters.selection.rank_policies import Growth as Growth
 from mmpeft.adapters.selection.rank_policies import Proximal as Proximal
 from mmpeft.adapters.selection.rank_policies import Sampled as Sampled
 from mmpeft.adapters.selection.rank_policies import set_rank as set_rank
+from mmpeft.adapters.selection.schedules import Constant as Constant
+from mmpeft.adapters.selection.schedules import Cubic as Cubic
+from mmpeft.adapters.selection.schedules import Ramp as Ramp
 from mmpeft.adapters.selection.sm3 import SM3 as SM3
 from mmpeft.adapters.selection.sparsify import ChildMask as ChildMask
 from mmpeft.adapters.selection.sparsify import RosePruner as RosePruner

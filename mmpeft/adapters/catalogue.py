@@ -32,7 +32,8 @@ PREAMBLE = (
     "*Family*: the one of the survey's catalogue, with the method's row in it.",
     "*Trained*: how many numbers at one site, in the method's fields and the sides `out` and `in` of the matrix or the `width`",
     "of a call (`families.py` has the other letters); *at 768*: with default fields at one layer of width 768.",
-    "*Rows differ*: rows of a batch may use different adapters.",
+    "*Rows differ*: rows of a batch may use different adapters. *Runs beside*: what, beside the optimizer, makes the method",
+    "what it is; without it the method trains as it starts.",
     "A *controller* runs beside an optimizer: in your loop, or by class path in the callback `mmpeft.tasks.StepControl`.",
 )
 
@@ -155,8 +156,8 @@ def methods() -> list[type[Method]]:
 
 
 def row(cls: type[Method]) -> tuple[str, ...]:
-    """The cells of one method: name, other names, definition, paper, family, formula, trained, sites, merges, rows, PEFT
-    files."""
+    """The cells of one method: name, other names, definition, paper, family, formula, trained, sites, merges, rows, what
+    runs beside the optimizer, PEFT files."""
     text = source.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
     papers = re.findall(r"\b\d{4}\.\d{4,5}\b", text) or re.findall(r"\b\d{4}\.\d{4,5}\b", _module_line(cls))
     same = cls.__name__.lower()
@@ -174,6 +175,7 @@ def row(cls: type[Method]) -> tuple[str, ...]:
         {"weight": cls.space}.get(cls.kind, cls.kind),
         "yes" if cls.kind == "weight" else "no",
         "yes" if mixes(cls) else "no",
+        " or ".join(f"`{name}`" for name in cls.beside),
         peft_files(cls.name),
     )
 
@@ -226,6 +228,7 @@ def page() -> str:
         "Sites",
         "Merges",
         "Rows differ",
+        "Runs beside",
         "HF PEFT files",
     )
     out = ["# Methods", "", *PREAMBLE]

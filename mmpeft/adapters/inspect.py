@@ -39,6 +39,7 @@ class Row:
     weight_decay: float | None
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
+    beside: tuple[str, ...] = ()  # what has to run beside the optimizer: "LoRADropout: Masks"
     cost: Cost | None = None  # what the rule adds to a step under the rules above it; None where no step could be run
 
 
@@ -151,6 +152,7 @@ def inspect(
                 rule.weight_decay,
                 sum(p.nbytes for p in trained),
                 sum(state_bytes(p.shape) * p.itemsize for p in trained),
+                tuple(f"{type(m).__name__}: {' or '.join(m.beside)}" for m in rule.methods if m.beside),
             )
         )
     base = {id(t): t for t in base_tensors(model).values()}.values()

@@ -56,6 +56,9 @@ def _summary(seen: Inspection) -> list[str]:
         f"trainable {seen.trainable:,} ({share:.3f} %), file {size(seen.file_bytes)}, gradients "
         f"{size(seen.gradient_bytes)}, optimizer {size(seen.optimizer_bytes)} ({seen.optimizer})",
     ]
+    beside = dict.fromkeys(needed for row in seen.rows for needed in row.beside)
+    if beside:
+        lines.append(f"wants something beside the optimizer, or trains as it starts: {', '.join(beside)}")
     if seen.training_bytes is not None:
         lines.append(
             f"one step on {seen.example} ({seen.note}); base, adapter, gradients, optimizer and saved activations: "

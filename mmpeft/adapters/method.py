@@ -70,6 +70,7 @@ class Method:
     space: ClassVar[str] = "matrix"  # weight methods: "matrix" | "vector" | "any"
     identity_at_init: ClassVar[bool] = True
     mixes: ClassVar[bool] = True  # may different rows of a batch use different adapters of it
+    beside: ClassVar[tuple[str, ...]] = ()  # what has to run beside the optimizer, one of these, to make it what it is
     dropout: float = (
         0.0  # a field of the methods that have one; a weight method's acts on the site's input, in training
     )

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from mmpeft.adapters import attach, check_distributed, detach, inspect, load, parameter_groups
 from mmpeft.adapters.plan import Plan
+from mmpeft.adapters.selection.controller import Controller, idle
 from mmpeft.adapters.state import SLOT, find_state, slots, state_of
 from mmpeft.errors import ConfigError, FileFormatError, Unsupported, nearest, require
 from mmpeft.tasks.schedule import Schedule, check_schedule, lr_factor
@@ -118,6 +119,11 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
             )
         if self.trainer.is_global_zero:
             print(inspect(self.model), flush=True)
+
+    def on_train_start(self) -> None:
+        running = [c.controller for c in self.trainer.callbacks if isinstance(getattr(c, "controller", None), Controller)]
+        for missing in idle(self.model, running):
+            log.warning("nothing runs beside the optimizer for %s; the method trains as it starts", missing)
 
     def configure_optimizers(self) -> Any:
         groups = _named_once(parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay))

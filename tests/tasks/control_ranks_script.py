@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning
 import torch
 
+import mmpeft
 from tests.tasks.test_step_control import ROWS, loader, row, task, tensors
 
 NAMES = ("APTController", "SpIELMoves", "LayerSampler", "WorstSamples")
@@ -20,7 +21,8 @@ class Keep(lightning.Callback):
         self.path = path
 
     def on_train_end(self, trainer, pl_module) -> None:
-        learned = getattr(trainer.callbacks[0].controller, "importance", torch.zeros(()))
+        controller = trainer.callbacks[0].controller
+        learned = controller.importance if isinstance(controller, mmpeft.LayerSampler) else torch.zeros(())
         torch.save(tensors(pl_module.model) | {"learned": learned}, self.path.with_suffix(f".{trainer.global_rank}.pt"))
 
 

@@ -47,6 +47,7 @@ class DiffPruning(Method, name="diff-pruning", aliases=("diff_pruning", "u-diff"
             gradient).
     """
 
+    beside = ("DiffGates",)
     structured: bool = False
     alpha: float = 1.5
     mixes = False

@@ -57,6 +57,7 @@ class DyLoRA(Elastic, name="dylora"):
         update: "all" trains the first b components, "last" the b-th alone (the paper's "frozen" mode).
     """
 
+    beside = ("Sampled",)
     min_rank: int = 1
     update: Literal["all", "last"] = "all"
     AXES = {"A": -2, "B": -1, "size": None, "draw": None}
@@ -101,6 +102,7 @@ class AdaLoRA(Elastic, name="adalora"):
         std: of the normal start of P and Q.
     """
 
+    beside = ("Budget",)
     std: float = 0.02
     AXES = {"P": -1, "Q": -2, "lam": -1, "mask": -1}
 
@@ -126,6 +128,7 @@ class SoRA(Elastic, name="sora", aliases=("slora",)):
     """`W' = W + alpha / rank * B diag(g) A` with a trained gate g from 1 (arXiv 2311.11696); rank (in + out + 1)
     parameters. A `Proximal` policy soft-thresholds g after each step; a gate at 0 is a component out of use."""
 
+    beside = ("Proximal",)
     AXES = {"A": -2, "B": -1, "g": -1}
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
@@ -156,6 +159,7 @@ class IncreLoRA(Elastic, name="increlora"):
         std: of the normal start of P and Q.
     """
 
+    beside = ("Growth",)
     start: float = 1e-5
     std: float = 0.02
     AXES = {"P": -1, "Q": -2, "lam": -1, "mask": -1}
@@ -190,6 +194,7 @@ class AutoLoRA(Elastic, name="autolora"):
         threshold: components with w below it are dropped; None means 1 / rank.
     """
 
+    beside = ("AutoLoRARanks", "AutoLoRASearch")
     threshold: float | None = None
     AXES = {"A": -2, "B": -1, "logits": -1}
 

@@ -22,6 +22,7 @@ from mmpeft.adapters.method import Context, Delta, Factors, Tensors, wide, zeros
 from mmpeft.adapters.methods.diff_pruning import draw_noise, gate, probability_open
 from mmpeft.adapters.methods.dynamic_rank import Elastic
 from mmpeft.adapters.selection.controller import Controller
+from mmpeft.adapters.selection.schedules import Ramp
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
@@ -37,6 +38,7 @@ class FLOP(Elastic, name="flop"):
         location: start of the gates' locations, at which z is 0.95.
     """
 
+    beside = ("FLOPGates",)
     rank: int = 0
     location: float = 1.5
     identity_at_init = False
@@ -97,7 +99,7 @@ class FLOPGates(Controller):
         if not 0 < sparsity < 1 or steps < 1 or not lr > 0:
             raise ConfigError(f"sparsity {sparsity}, steps {steps}, lr {lr}; expected in (0, 1), >= 1, > 0")
         self.deltas: list[Delta] = sites_of(model, FLOP, name)
-        self.sparsity, self.total, self.lr, self.steps = sparsity, steps, lr, 0
+        self.target, self.lr, self.steps = Ramp(0.0, sparsity, 0, steps), lr, 0
         self.l1, self.l2 = 0.0, 0.0
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -112,14 +114,14 @@ class FLOPGates(Controller):
 
     def penalty(self) -> Tensor:
         """l1 (s - t) + l2 (s - t)^2, to be added to the loss."""
-        gap = self.closed() - self.sparsity * min(1.0, self.steps / self.total)
+        gap = self.closed() - self.target(self.steps)
         return self.l1 * gap + self.l2 * gap.square()
 
     def step(self) -> float:
         """After the optimizer's step: the multipliers ascend. Returns the expected share closed."""
         self.steps += 1
         share = float(self.closed().detach())
-        gap = share - self.sparsity * min(1.0, self.steps / self.total)
+        gap = share - self.target(self.steps)
         self.l1 += self.lr * gap
         self.l2 += self.lr * gap**2
         return share

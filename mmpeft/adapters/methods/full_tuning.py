@@ -38,6 +38,7 @@ class Mixout(Full, name="mixout"):
         p: share of entries that go back (0.7 to 0.9 in the paper).
     """
 
+    beside = ("draw_mixout",)
     p: float = 0.7
 
     def __post_init__(self) -> None:

@@ -47,14 +47,14 @@ class KronAB(Method, name="krona-b", aliases=("kronab",)):
         like = next(module.parameters())
         return Tensors({"A": kaiming(a1, a2, like=like), "B": zeros(out // a1, into // a2, like=like)})
 
-    def beside(self, x: Tensor, p: Delta) -> Tensor:
+    def added(self, x: Tensor, p: Delta) -> Tensor:
         """What is added to the call, [..., out]."""
         out: Tensor = self.scale * (x @ kron(p.A, p.B).mT.to(x.dtype))
         return out
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        update = self.beside(x, p)  # before the call, which may work in place on x
+        update = self.added(x, p)  # before the call, which may work in place on x
         y, put = first_tensor(call(*args, **kwargs))
         return put(y + update)
 
@@ -79,6 +79,6 @@ class KronARes(KronAB, name="krona-res", aliases=("kronares", "krona-b-res")):
             raise ConfigError(f"{site.path} changes the width; its input cannot be added to its output")
         return Tensors({**made, "s_res": zeros(1, like=A)})
 
-    def beside(self, x: Tensor, p: Delta) -> Tensor:
+    def added(self, x: Tensor, p: Delta) -> Tensor:
         residual: Tensor = p.s_res.to(x.dtype) * x
-        return super().beside(x, p) + residual
+        return super().added(x, p) + residual

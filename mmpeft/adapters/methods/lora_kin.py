@@ -206,6 +206,7 @@ class RoseLoRA(LowRank, name="roselora"):
         sparsity: final share of zeros in every row of A and column of B.
     """
 
+    beside = ("RosePruner",)
     sparsity: float = 0.95
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class LoRADropout(Elastic, name="lora-dropout", aliases=("loradropout",)):
         p: share of dimensions dropped on each side.
     """
 
+    beside = ("Masks",)
     p: float = 0.1
     AXES: ClassVar[dict[str, int | None]] = {"A": -2, "B": -1, "m_in": None, "m_out": None}
 
@@ -128,6 +129,7 @@ class PeriodicLoRA(LowRank, name="periodic-lora", aliases=("plora", "periodiclor
         stages: how often `unload` may be called.
     """
 
+    beside = ("Unloads", "unload")
     stages: int = 4
 
     def __post_init__(self) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Context, Delta, Factors, Tensors, zeros
 from mmpeft.adapters.methods.low_rank import LowRank, check_divides, check_matrix, one_of
 from mmpeft.adapters.selection.controller import Controller
-from mmpeft.adapters.selection.criteria import cubic, smooth
+from mmpeft.adapters.selection.criteria import Evidence, criterion, smooth
+from mmpeft.adapters.selection.schedules import Cubic
 from mmpeft.adapters.site import Site, slice_rows
 from mmpeft.adapters.state import slots, state_of
 from mmpeft.errors import ConfigError, NameNotFound, nearest
@@ -39,6 +40,7 @@ class LoRAPrune(LowRank, name="loraprune", aliases=("lora-prune",)):
         group: neighbouring rows or columns that go together: a head's width for attention.
     """
 
+    beside = ("LoRAPruner",)
     axis: Literal["rows", "columns"] = "rows"
     group: int = 1
 
@@ -95,11 +97,8 @@ class LoRAPruner(Controller):
         tied: Sequence[Sequence[str]] = (),
         name: str | None = None,
     ) -> None:
-        if not 0 < sparsity < 1 or not 0 <= begin < end or not 0 <= beta < 1:
-            raise ConfigError(
-                f"sparsity {sparsity}, begin {begin}, end {end}, beta {beta}; expected sparsity in (0, 1), "
-                "0 <= begin < end, 0 <= beta < 1"
-            )
+        if not 0 < sparsity < 1 or not 0 <= beta < 1:
+            raise ConfigError(f"sparsity {sparsity}, beta {beta}; expected sparsity in (0, 1), 0 <= beta < 1")
         names = None if name is None else (name,)
         found = [(owner, d) for _, owner, s in slots(model) for _, d in s.deltas(names)]
         self.sites = {d.site.name: (owner, d) for owner, d in found if isinstance(d.method, LoRAPrune)}
@@ -114,7 +113,7 @@ class LoRAPruner(Controller):
             if len({self._count(n) for n in group}) > 1:
                 counts = ", ".join(f"{n} {self._count(n)}" for n in group)
                 raise ConfigError(f"tied sites have different numbers of groups: {counts}")
-        self.sparsity, self.begin, self.end, self.beta, self.steps = sparsity, begin, end, beta, 0
+        self.share, self.beta, self.steps = Cubic(0.0, sparsity, begin, end), beta, 0
         self.scores: dict[str, Tensor] = {}
 
     def _count(self, name: str) -> int:
@@ -131,7 +130,9 @@ class LoRAPruner(Controller):
         W = self.stored(name)
         G = d.B.grad @ d.A + d.B @ d.A.grad - d.B.grad @ d.A.grad
         scale = d.method.scale
-        entries: Tensor = (scale * G * (W + scale * d.B @ d.A)).square()
+        change = Evidence(W + scale * d.B @ d.A)
+        change.add(scale * G)
+        entries = criterion("taylor")(change)
         units = entries.sum(1 if d.method.axis == "rows" else 0)
         return units.view(-1, d.method.group).sum(1)
 
@@ -146,7 +147,7 @@ class LoRAPruner(Controller):
     def step(self) -> float:
         """Update scores and masks; returns the share masked now."""
         self.steps += 1
-        share = cubic(self.steps, 0.0, self.sparsity, self.begin, self.end)
+        share = self.share(self.steps)
         for group in self.groups:
             for name in group:
                 self.scores[name] = smooth(self.scores.get(name), self.importance(name), self.beta)

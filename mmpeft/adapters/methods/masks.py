@@ -75,6 +75,7 @@ class APT(Elastic, name="apt"):
         alpha: None is a scale of 1 (the paper's is 2).
     """
 
+    beside = ("APTController",)
     start: int = 8
     AXES = {"A": -2, "B": -1, "mask": -1, "m_in": None, "m_out": None}
 

@@ -29,6 +29,8 @@ class ReLoRA(PeriodicLoRA, name="relora"):
     """`W' = W + alpha / rank * (B A + sum_k B_k A_k)`, the pairs k those of earlier restarts (arXiv 2307.05695); rank
     (in + out) trained parameters. `restart` ends a stage."""
 
+    beside = ("Restarts", "restart")
+
 
 @torch.no_grad()
 def restart(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: float = 0.01, name: str | None = None) -> int:

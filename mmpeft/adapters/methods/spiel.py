@@ -20,6 +20,7 @@ from mmpeft.adapters.methods.sparse import Sparse
 from mmpeft.adapters.plan import Target
 from mmpeft.adapters.selection.controller import Controller, Loop, Loss
 from mmpeft.adapters.selection.criteria import Evidence, Losses, criterion, gather
+from mmpeft.adapters.selection.schedules import Ramp
 from mmpeft.adapters.selection.sm3 import SM3
 from mmpeft.adapters.site import Site
 from mmpeft.adapters.state import sites_of
@@ -43,11 +44,15 @@ class SpIEL(Moving, name="spiel", aliases=("spiel-ag",)):
     `spiel_step` drops the entries that changed least since the last time (their values go back to 0) and grows as many
     where the accumulated gradient of the dense weight is largest, at value 0."""
 
+    beside = ("SpIELMoves", "spiel_step")
+
 
 @dataclass(frozen=True)
 class SpIELMA(Moving, name="spiel-ma", aliases=("spielma",)):
     """SpIEL-MA (arXiv 2401.16405): a sparse delta of fixed size whose places move to where the momenta that `SM3`
     approximates by rows and columns are largest; `spiel_ma_step` moves them."""
+
+    beside = ("SpIELMoves", "spiel_ma_step")
 
 
 @torch.no_grad()
@@ -108,7 +113,8 @@ class SpIELMoves(Controller):
                 f"share {share}, every {every}, end {end}, batches {batches}; expected share in (0, 1], "
                 "1 <= every < end and batches 1 to every"
             )
-        self.model, self.share, self.every, self.end, self.batches = model, share, every, end, batches
+        self.model, self.every, self.end, self.batches = model, every, end, batches
+        self.share = Ramp(share, 0.0, 0, end)
         self.deltas: list[Delta] = sites_of(model, Moving, name)
         self.looking = [d for d in self.deltas if not isinstance(d.method, SpIELMA)]
         self.steps, self.dense = 0, dict[str, Tensor]()
@@ -130,7 +136,7 @@ class SpIELMoves(Controller):
         self.steps += 1
         if self.steps % self.every or self.steps >= self.end:
             return
-        optimizer, share = self.loop.optimizer, self.share * (1 - self.steps / self.end)
+        optimizer, share = self.loop.optimizer, self.share(self.steps)
         for d in self.deltas:
             if isinstance(d.method, SpIELMA):
                 assert isinstance(optimizer, SM3)

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.masks import APT
 from mmpeft.adapters.selection.controller import Controller
-from mmpeft.adapters.selection.criteria import cubic, smooth
+from mmpeft.adapters.selection.criteria import smooth
+from mmpeft.adapters.selection.rank import Importance
+from mmpeft.adapters.selection.schedules import Cubic
 from mmpeft.adapters.state import sites_of, slots
 from mmpeft.errors import ConfigError, Unsupported
 
@@ -48,7 +50,7 @@ class APTController(Controller):
         Unsupported: a site that is not a called linear layer's weight.
     """
 
-    KEEPS = ("steps", "salience", "tuning")
+    KEEPS = ("steps", "salience", "sensitivities")
     measure = "masked"
 
     def __init__(
@@ -78,11 +80,25 @@ class APTController(Controller):
         for site, (_, d) in self.sites.items():
             if d.site.shape[0] % self.group[site]:
                 raise ConfigError(f"group {self.group[site]} does not divide the {d.site.shape[0]} rows of {site}")
-        self.sparsity, self.begin, self.end, self.beta = sparsity, begin, end, beta
+        self.share, self.beta = Cubic(0.0, sparsity, begin, end), beta
         self.grow_every, self.grow, self.steps = grow_every, grow, 0
         self.now: dict[str, tuple[int, Any, Any]] = {}  # calls, and sums over them of both parts of the score
         self.salience: dict[str, Tensor] = {}
-        self.tuning: dict[str, Tensor] = {}
+        self.importance = Importance("sensitivity", beta, None, warm=True)
+
+    @property
+    def sensitivities(self) -> dict[str, Tensor]:
+        """Smoothed sensitivities of each site's B."""
+        return self.importance.mean
+
+    @sensitivities.setter
+    def sensitivities(self, held: dict[str, Tensor]) -> None:
+        self.importance.mean = held
+
+    @property
+    def tuning(self) -> dict[str, Tensor]:
+        """How much tuning matters at each site, a scalar."""
+        return {site: s.sum() for site, s in self.importance.mean.items()}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -114,7 +130,7 @@ class APTController(Controller):
     def step(self) -> float:
         """After the optimizer's step, gradients still there; returns the share masked now."""
         self.steps += 1
-        share = cubic(self.steps, 0.0, self.sparsity, self.begin, self.end)
+        share = self.share(self.steps)
         for site, (_, d) in self.sites.items():
             if site not in self.now or d.B.grad is None:
                 raise ConfigError(f"{site} was not scored; run forward and backward within watch(), then step")
@@ -122,7 +138,7 @@ class APTController(Controller):
             calls, products, outside = self.now[site]
             salience = self.loop.mean(products + outside / calls)
             self.salience[site] = smooth(self.salience.get(site), salience, self.beta)
-            self.tuning[site] = smooth(self.tuning.get(site), (d.B * d.B.grad).abs().sum(), self.beta)
+            self.importance.update(site, d.B)
             groups = self.salience[site].view(-1, self.group[site]).sum(1)
             gone = groups.argsort(stable=True)[: int(share * len(groups) + 1e-9)]
             keep = torch.ones_like(groups)
@@ -130,7 +146,8 @@ class APTController(Controller):
             d.m_out.copy_(keep.repeat_interleave(self.group[site]))
         self.now = {}
         if self.grow_every and self.steps % self.grow_every == 0:
-            ranked = sorted(self.sites, key=lambda site: -float(self.tuning[site]))
+            tuning = self.tuning
+            ranked = sorted(self.sites, key=lambda site: -float(tuning[site]))
             for site in ranked[: (len(ranked) + 1) // 2]:
                 mask = self.sites[site][1].mask
                 used = int(mask.sum())

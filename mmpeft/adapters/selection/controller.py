@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 Loss = Callable[[], Tensor]
@@ -73,6 +74,10 @@ class Controller:
     measure: ClassVar[str] = ""
     reshapes: bool = False
     loop: Loop = Loop()
+
+    def names(self) -> set[str]:
+        """What a method's `beside` may call it."""
+        return {type(self).__name__}
 
     def join(self, loop: Loop) -> None:
         """The training begins in this loop; what cannot work in it is refused here."""
@@ -171,6 +176,9 @@ class Once(Controller):
         self.reshapes = at is None
         check_call(of, model, **self.options)
 
+    def names(self) -> set[str]:
+        return {*super().names(), getattr(self.of, "__name__", "")}
+
     def join(self, loop: Loop) -> None:
         super().join(loop)
         if self.at is not None and not 0 <= self.at < (loop.total or self.at + 1):
@@ -208,8 +216,18 @@ class Draws(Controller):
         self.generator = torch.Generator().manual_seed(seed)
         check_call(of, model, self.generator, **self.options)
 
+    def names(self) -> set[str]:
+        return {*super().names(), getattr(self.of, "__name__", "")}
+
     def draw(self) -> None:
         self.of(self.model, self.generator, **self.options)
+
+
+def idle(model: nn.Module, running: Iterable[Controller]) -> list[str]:
+    """Methods on the model whose `beside` none of the controllers is: "LoRADropout: Masks"."""
+    there = set().union(*(c.names() for c in running))
+    methods = {type(d.method) for _, _, slot in slots(model) for _, d in slot.deltas()}
+    return sorted(f"{m.__name__}: {' or '.join(m.beside)}" for m in methods if m.beside and not there & set(m.beside))
 
 
 def check_call(of: Callable[..., Any], *args: Any, **options: Any) -> None:

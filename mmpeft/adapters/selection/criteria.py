@@ -11,10 +11,11 @@ evidence to scores of the tensor's shape; the largest are kept.
     movement            -sum w g                  weights that move away from 0 (Sanh et al. 2020)
     change              |w - start|               lottery-ticket sparse fine-tuning
     second_order        (sum g)^2 / sum g^2       first-order gain over curvature, the Fisher information for it
+    taylor              (sum w g / n)^2           the square of that change (Molchanov et al. 2019), LoRAPrune's
     wanda               |w| ||x||                 weight times the norm of its input (Sun et al. 2023, RoCoFT's score)
 
 `gather` collects the evidence of a plan's sites on a model from losses; it never changes the model. `smooth` is the
-exponential average that AdaLoRA and RoseLoRA put on sensitivities, `cubic` their schedule.
+exponential average that AdaLoRA and RoseLoRA put on sensitivities.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ CRITERIA: dict[str, Callable[[Evidence], Tensor]] = {
     "movement": lambda e: -_mean("wg")(e),
     "change": _change,
     "second_order": _second_order,
+    "taylor": lambda e: _mean("wg")(e).square(),
     "wanda": _wanda,
 }
 DATA_FREE = ("random", "magnitude", "small_magnitude")
@@ -227,10 +229,3 @@ def check_share(keep: float) -> None:
 def smooth(average: Tensor | None, new: Tensor, beta: float) -> Tensor:
     """beta average + (1 - beta) new; `new` itself at the first step."""
     return new.clone() if average is None else average.lerp(new, 1 - beta)
-
-
-def cubic(step: int, first: float, last: float, begin: int, end: int) -> float:
-    """A value that stays at `first` until step `begin`, then falls (or rises) to `last` at step `end` as (1 -
-    progress)^3."""
-    progress = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
-    return last + (first - last) * (1 - progress) ** 3

@@ -73,17 +73,17 @@ class LHSPG(LoRAPruner):
     def step(self) -> float:
         """After the optimizer's step, gradients still there; returns the share of groups that are gone."""
         self.steps += 1
-        length = (self.end - self.begin) / self.periods
-        inside = self.begin < self.steps <= self.end
-        period = min(self.periods, int((self.steps - 1 - self.begin) / length) + 1) if inside else 0
-        ends = self.begin + round(period * length)
+        length = (self.share.end - self.share.begin) / self.periods
+        inside = self.share.begin < self.steps <= self.share.end
+        period = min(self.periods, int((self.steps - 1 - self.share.begin) / length) + 1) if inside else 0
+        ends = self.share.begin + round(period * length)
         for i, group in enumerate(self.groups):
             for name in group:
                 self.scores[name] = smooth(self.scores.get(name), self.importance(name), self.beta)
             if not inside:
                 continue
             total = torch.stack([self.scores[name] for name in group]).sum(0)
-            wanted = int(self.sparsity * len(total) * period / self.periods + 1e-9)
+            wanted = int(self.share.last * len(total) * period / self.periods + 1e-9)
             more = wanted - int(self.redundant[i].sum())
             if more > 0:
                 order = total.where(~self.redundant[i], torch.inf).argsort(stable=True)

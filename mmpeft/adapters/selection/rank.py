@@ -5,7 +5,7 @@
            controller.step(t)               # t = 1, 2, ...: after the optimizer's step, gradients still there
            optimizer.zero_grad()
 
-Schedules are functions of the step (`Cubic`, `Constant`); importance comes from `criteria.py` through `Importance`,
+Schedules are functions of the step (`schedules.py`); importance comes from `criteria.py` through `Importance`,
 which adds the moving average and uncertainty of AdaLoRA. A policy writes to the adapter's own tensors (`mask`,
 `lam`, `g`, `size`), so an adapter file holds its decisions; what else it remembers is in `state_dict`.
 """
@@ -13,8 +13,7 @@ which adds the moving average and uncertainty of AdaLoRA. A policy writes to the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,40 +23,12 @@ from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.dynamic_rank import Elastic
 from mmpeft.adapters.selection.compact import compact
 from mmpeft.adapters.selection.controller import Controller
-from mmpeft.adapters.selection.criteria import Evidence, criterion, cubic, smooth
+from mmpeft.adapters.selection.criteria import Evidence, criterion, smooth
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
 log = logging.getLogger(__name__)
-Schedule = Callable[[int], float]
 Sites = Mapping[str, Delta]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same value at every step."""
-
-    value: float
-
-    def __call__(self, step: int) -> float:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Cubic:
-    """`first` until step `begin`, then to `last` at step `end` as (1 - progress)^3: AdaLoRA's budget."""
-
-    first: float
-    last: float
-    begin: int
-    end: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.begin < self.end:
-            raise ConfigError(f"begin {self.begin}, end {self.end}; expected 0 <= begin < end")
-
-    def __call__(self, step: int) -> float:
-        return cubic(step, self.first, self.last, self.begin, self.end)
 
 
 class Importance:
@@ -67,13 +38,23 @@ class Importance:
     Args:
         criterion: one of `criteria.CRITERIA`; "sensitivity" is the paper's |w g|.
         beta1, beta2: of the two averages, which start at 0; beta2 None leaves the uncertainty out.
+        warm: the average starts at the first value instead (RoseLoRA, APT); without the uncertainty.
     """
 
-    def __init__(self, criterion_name: str = "sensitivity", beta1: float = 0.85, beta2: float | None = 0.85) -> None:
+    def __init__(
+        self,
+        criterion_name: str = "sensitivity",
+        beta1: float = 0.85,
+        beta2: float | None = 0.85,
+        *,
+        warm: bool = False,
+    ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if beta is not None and not 0 <= beta < 1:
                 raise ConfigError(f"{name} {beta}; expected 0 <= {name} < 1")
-        self.criterion, self.beta1, self.beta2 = criterion(criterion_name), beta1, beta2
+        if warm and beta2 is not None:
+            raise ConfigError("warm averages have no spread: pass beta2=None")
+        self.criterion, self.beta1, self.beta2, self.warm = criterion(criterion_name), beta1, beta2, warm
         self.mean: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
 
@@ -89,7 +70,7 @@ class Importance:
         evidence = Evidence(w.detach())
         evidence.add(w.grad)
         now = self.criterion(evidence)
-        mean = smooth(self.mean.get(name, torch.zeros_like(now)), now, self.beta1)
+        mean = smooth(self.mean.get(name, None if self.warm else torch.zeros_like(now)), now, self.beta1)
         if self.beta2 is not None:
             self.spread[name] = smooth(self.spread.get(name, torch.zeros_like(now)), (now - mean).abs(), self.beta2)
         self.mean[name] = mean
@@ -153,6 +134,9 @@ class RankController(Controller):
         self.policy, self.steps, self.model, self.name, self.reshapes = policy, 0, model, name, shrink
         with torch.no_grad():
             policy.begin(self.sites)
+
+    def names(self) -> set[str]:
+        return {*super().names(), type(self.policy).__name__}
 
     def step(self, step: int | None = None) -> int:
         """Once after each optimizer step, before `zero_grad`; returns the number of components in use.

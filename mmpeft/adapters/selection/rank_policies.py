@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.methods.dynamic_rank import AdaLoRA, DyLoRA, Elastic, IncreLoRA, SoRA
 from mmpeft.adapters.selection.criteria import top
-from mmpeft.adapters.selection.rank import Cubic, Importance, Schedule, Sites
+from mmpeft.adapters.selection.rank import Importance, Sites
+from mmpeft.adapters.selection.schedules import Cubic, Schedule
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 

@@ -13,13 +13,16 @@ The masks are called between `backward` and `step`, the pruner after `step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.methods.lora_kin import RoseLoRA
 from mmpeft.adapters.selection.controller import Controller, samples_of, trained_by
-from mmpeft.adapters.selection.criteria import cubic, smooth, top
+from mmpeft.adapters.selection.criteria import Evidence, criterion, top
+from mmpeft.adapters.selection.rank import Importance
+from mmpeft.adapters.selection.schedules import Cubic
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError
 
@@ -38,31 +41,33 @@ class RosePruner(Controller):
     measure = "kept"
 
     def __init__(self, model: nn.Module, *, begin: int, end: int, beta: float = 0.8, name: str | None = None) -> None:
-        if not 0 <= begin < end or not 0 <= beta < 1:
-            raise ConfigError(f"begin {begin}, end {end}, beta {beta}; expected 0 <= begin < end and 0 <= beta < 1")
         found = [d for _, _, slot in slots(model) for _, d in slot.deltas(None if name is None else (name,))]
         self.deltas = [d for d in found if isinstance(d.method, RoseLoRA)]
         if not self.deltas:
             raise ConfigError("RosePruner: the model has no RoseLoRA adapter")
-        self.begin, self.end, self.beta, self.steps = begin, end, beta, 0
-        self.scores: dict[tuple[int, str], Tensor] = {}
+        self.kept = [Cubic(1.0, 1 - cast(RoseLoRA, d.method).sparsity, begin, end) for d in self.deltas]
+        self.importance, self.steps = Importance("sensitivity", beta, None, warm=True), 0
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Smoothed sensitivities."""
+        return self.importance.mean
+
+    @scores.setter
+    def scores(self, held: dict[str, Tensor]) -> None:
+        self.importance.mean = held
 
     @torch.no_grad()
     def step(self) -> float:
         """Prune; returns the share that is kept now. Gradients must still be there (call before `zero_grad`)."""
         self.steps += 1
         kept = 1.0
-        for i, delta in enumerate(self.deltas):
-            assert isinstance(delta.method, RoseLoRA)
-            kept = cubic(self.steps, 1.0, 1 - delta.method.sparsity, self.begin, self.end)
+        for i, (delta, schedule) in enumerate(zip(self.deltas, self.kept, strict=True)):
+            kept = schedule(self.steps)
             for name, axis in (("A", -1), ("B", -2)):
                 w: Tensor = getattr(delta, name)
-                if w.grad is None:
-                    raise ConfigError(
-                        f"RosePruner.step: {delta.site.name} has no gradient; call it after step, before zero_grad"
-                    )
-                score = smooth(self.scores.get((i, name)), (w * w.grad).abs(), self.beta)
-                self.scores[i, name] = score
+                self.importance.update(f"{i} {delta.site.name}.{name}", w)
+                score = self.importance(f"{i} {delta.site.name}.{name}")
                 keep = max(1, round(kept * w.shape[axis]))
                 drop = score.argsort(dim=axis, descending=True).narrow(axis, keep, w.shape[axis] - keep)
                 w.scatter_(axis if axis >= 0 else w.ndim + axis, drop, 0.0)
@@ -171,14 +176,13 @@ class WorstSamples(GradientMask):
         with torch.no_grad():
             values = [float(loss()) for loss in losses]
         chosen = sorted(range(len(values)), key=lambda i: -values[i])[: self.worst]
-        fisher = [torch.zeros_like(p) for p in self.parameters]
+        seen = [Evidence(p.detach()) for p in self.parameters]
         for i in chosen:
             grads = torch.autograd.grad(losses[i](), self.parameters, allow_unused=True)
-            for total, g in zip(fisher, grads, strict=True):
-                if g is not None:
-                    total += g.square()
-        sizes = {str(i): f for i, f in enumerate(fisher)}
-        best = top(sizes, max(1, round(self.density * sum(f.numel() for f in fisher))))
+            for e, g in zip(seen, grads, strict=True):
+                e.add(torch.zeros_like(e.value) if g is None else g)
+        fisher = {str(i): criterion("fisher")(e) for i, e in enumerate(seen)}
+        best = top(fisher, max(1, round(self.density * sum(f.numel() for f in fisher.values()))))
         self.kept = [torch.zeros(p.numel(), dtype=torch.bool, device=p.device) for p in self.parameters]
         for name, index in best.items():
             self.kept[int(name)][index] = True

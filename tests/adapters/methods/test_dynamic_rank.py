@@ -124,7 +124,7 @@ def test_sora_decays_by_a_schedule_to_fewer_components_on_a_task():
     with torch.no_grad():
         target = model(x) + x @ torch.outer(torch.randn(8), torch.randn(8))
     mmpeft.attach(model, {"0": SoRA(rank=4)}, name="a", example=x)
-    controller = rank.RankController(model, Proximal(rank.Cubic(0.0, 5e-3, 0, 100)))
+    controller = rank.RankController(model, Proximal(mmpeft.Cubic(0.0, 5e-3, 0, 100)))
     optimizer = torch.optim.SGD(mmpeft.parameter_groups(model, lr=0.1))
     for _ in range(400):
         optimizer.zero_grad()
@@ -288,7 +288,7 @@ def test_a_controller_goes_on_where_its_checkpoint_stopped():
         (lambda: Budget(1, 10, beta1=1.0), "beta1"),
         (lambda: Proximal(0.0), "threshold"),
         (lambda: Growth(0), "target"),
-        (lambda: rank.Cubic(1, 0, 5, 5), "begin"),
+        (lambda: mmpeft.Cubic(1, 0, 5, 5), "begin"),
         (lambda: rank.RankController(adapted(SoRA(rank=2)), Budget(1, 10)), "works on AdaLoRA"),
         (lambda: rank.RankController(adapted(AdaLoRA(rank=2)), Budget(3, 10)), "more than the 2"),
         (lambda: rank.RankController(adapted(AdaLoRA(rank=2)), Budget(1, 10)).step(), "no gradient"),

@@ -32,6 +32,7 @@ def test_each_criterion_equals_its_sum_over_samples():
         "movement": -(w * g).mean(0),
         "change": (w - 0.5).abs(),
         "second_order": g.mean(0).square() / g.square().mean(0),
+        "taylor": (w * g).mean(0).square(),
         "wanda": w.abs() * x.norm(dim=0),
     }
     start = {"0.weight": torch.full((9, 6), 0.5), "2.weight": torch.zeros(3, 9)}
@@ -62,8 +63,11 @@ def test_top_is_over_all_tensors_and_breaks_ties_by_order():
         criteria.top({"a": torch.zeros(7)}, 8)
 
 
-def test_cubic_schedule():
-    assert [criteria.cubic(s, 1.0, 0.0, 2, 6) for s in (0, 2, 4, 6, 9)] == [1, 1, 0.125, 0, 0]
+def test_schedules():
+    assert [mmpeft.Cubic(1.0, 0.0, 2, 6)(s) for s in (0, 2, 4, 6, 9)] == [1, 1, 0.125, 0, 0]
+    assert [mmpeft.Ramp(0.0, 1.0, 2, 6)(s) for s in (0, 2, 3, 6, 9)] == [0, 0, 0.25, 1, 1]
+    with pytest.raises(ConfigError, match="begin 6, end 6"):
+        mmpeft.Ramp(0.0, 1.0, 6, 6)
 
 
 SELECTED = {
