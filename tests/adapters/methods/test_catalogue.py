@@ -48,8 +48,10 @@ def test_a_row_says_what_the_class_is():
         "matrix",
         "yes",
         "yes",
+        "",
         "both ways",
     )
+    assert cells["LoRADropout"][10] == "`Masks`"
     assert cells["OFT"][6:10] == ("11,904", "matrix", "yes", "no")  # 24 blocks of 32 * 31 / 2
     assert cells["RED"][6:10] == ("1,536", "call", "no", "yes")
     assert all(row[2] for row in cells.values()), "every method says what it is"
