@@ -16,6 +16,7 @@ checkpointing holds on to.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -136,10 +137,15 @@ def _run(model: nn.Module, plan: Plan | None, call: Call, real: bool) -> Cost:
             raise
         except Exception as error:  # a model that cannot be copied
             raise NoStep(error) from error
+        fakes_log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a trace for what `NoStep` says
+        before = fakes_log.level
+        fakes_log.setLevel(logging.CRITICAL)
         try:
             return step_cost(twin, call)
         except Exception as error:  # whatever the model's own code raises
             raise NoStep(error) from error
+        finally:
+            fakes_log.setLevel(before)
 
 
 def _adapted(model: nn.Module, plan: Plan | None, real: bool) -> nn.Module:

@@ -129,6 +129,15 @@ class Loader:
         if self.train and at.epoch == epoch:  # without Lightning, the next `for` is the next epoch
             at.set_epoch(epoch + 1)
 
+    def single(self, index: int) -> Any:
+        """Sample `index` of the dataset as a batch of its own, read here and now, as epoch 0 has it. A bad one that is
+        skipped gives way to the next good one in training, and is None otherwise. What has been taken of the epoch stays
+        as it is."""
+        encoded: Any = self._torch.dataset
+        loaded = encoded.collate(encoded.__getitems__([(0, index)]))
+        self._report(loaded.bad)
+        return loaded.batch
+
     @property
     def _iterator(self) -> Any:
         """Torch's running iterator: Lightning shuts its workers down through this name."""

@@ -19,6 +19,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
                 "divided by their count of supervised items; use accumulate_grad_batches=1 or another strategy"
             )
         if self.trainer.is_global_zero:
-            print(inspect(self.model), flush=True)
+            seen = inspect(self.model)  # what has to run beside the optimizer is known, and named, when training starts
+            print(replace(seen, rows=tuple(replace(row, beside=()) for row in seen.rows)), flush=True)
 
     def on_train_start(self) -> None:
         running = [c.controller for c in self.trainer.callbacks if isinstance(getattr(c, "controller", None), Controller)]

@@ -21,6 +21,7 @@ step is one step, whatever is accumulated. Choices made here:
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from inspect import isclass
@@ -33,11 +34,12 @@ from torch.utils._pytree import tree_map
 
 from mmpeft.adapters.example import waiting
 from mmpeft.adapters.selection.controller import Controller, Loop, Loss
-from mmpeft.errors import ConfigError, Unsupported, require
+from mmpeft.errors import ConfigError, MmpeftError, Unsupported, require
 from mmpeft.tasks.base import AdapterTask
 from mmpeft.tasks.callbacks import AdapterCheckpoint
 
 _lightning: Any = require("lightning.pytorch", "train")
+log = logging.getLogger(__name__)
 
 
 def training_loss(task: Any, batch: Any) -> Tensor:
@@ -70,16 +72,27 @@ def quiet(loss: Callable[[Any, Any], Tensor], trainer: Any, task: Any, batch: An
     return run
 
 
+def single_of(loader: Any) -> Callable[[int], Any] | None:
+    """index -> batch of one sample, where the loader is `mmpeft.data`'s or a DataLoader over numbered samples."""
+    if hasattr(loader, "single"):
+        found: Callable[[int], Any] = loader.single
+        return found
+    if hasattr(loader, "collate_fn") and not isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        return lambda i: loader.collate_fn([loader.dataset[i]])
+    return None
+
+
 def sample_batches(loader: Any, n: int, seed: int) -> list[Any]:
-    """Batches of one sample each, n of them drawn from a loader's data set.
+    """Batches of one sample each, n of them drawn from a loader's data set; bad ones that it skips are passed over.
 
     Raises:
         Unsupported: a loader of another kind.
     """
-    if not (hasattr(loader, "collate_fn") and hasattr(loader.dataset, "__getitem__")):
+    single = single_of(loader)
+    if single is None:
         raise Unsupported("single samples need one DataLoader over a dataset with numbered samples")
-    order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist()
-    return [loader.collate_fn([loader.dataset[i]]) for i in order]
+    order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return list(islice((batch for i in order if (batch := single(i)) is not None), n))
 
 
 class StepControl(_lightning.Callback):  # type: ignore[misc]
@@ -90,7 +103,8 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
         weight: of what the controller adds to the loss.
         loss: (task, batch) -> scalar loss, for controllers that look at the batch or at single samples; the default is
             the task's own training loss.
-        key: tells two callbacks with the same class of controller apart in checkpoints.
+        key: tells two callbacks with the same class of controller (or the same function) apart in checkpoints; Lightning
+            refuses two of one `state_key`.
 
     Attributes:
         controller: the controller, from the start of training on; None before.
@@ -113,6 +127,8 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._watching = ExitStack()
         self._held: tuple[int, Iterator[Any]] | None = None  # number of the next validation batch, and all from it on
+        self._closed = False  # `close` ran, in this run or in the one it goes on from
+        self._refused: MmpeftError | None = None  # what `close` said
         self._drawn, self._stepped = -1, 0  # optimizer steps of the run when last drawn for, and when last stepped
 
     @property
@@ -156,12 +172,24 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
             optimizer=trainer.optimizers[0],
             total=None if steps == float("inf") else int(steps),
             **({"mean": average} if trainer.world_size > 1 else {}),
-            samples=functools.partial(self._samples, trainer, pl_module),
+            samples=functools.partial(self._samples, trainer, pl_module) if single_of(trainer.train_dataloader) else None,
             validation=functools.partial(self._validation, trainer, pl_module) if trainer.val_dataloaders else None,
         )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.running.close()
+        if self._closed and self.running.reshapes:
+            log.warning("%s: the run this one goes on from had ended, and was pruned then; not again", self.state_key)
+            return
+        try:
+            self.running.close()
+            self._closed = True
+        except MmpeftError as error:  # hours of training end here: the adapter is saved as it is, and then this is raised
+            self._refused = error
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            raise error
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._watching.close()
@@ -227,10 +255,12 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return (self._restored or {}) if self.controller is None else self.controller.state_dict()
+        held = (self._restored or {}) if self.controller is None else self.controller.state_dict()
+        return held | {"closed": True} if self._closed else held
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._restored = state or None
+        self._closed = state.get("closed", False)
+        self._restored = {n: v for n, v in state.items() if n != "closed"} or None
 
 
 def _is_data(t: Any) -> bool:
@@ -242,4 +272,5 @@ def _name(make: Callable[..., Any]) -> str:
     parts = [make.func, *make.args] if isinstance(make, functools.partial) else [make]
     classes = [part for part in parts if isclass(part) and issubclass(part, Controller)]
     named: str = getattr((classes or parts)[0], "__qualname__", type(make).__qualname__)
-    return named
+    of = make.keywords.get("of") if isinstance(make, functools.partial) else None
+    return named if of is None else f"{named}:{getattr(of, '__name__', type(of).__name__)}"

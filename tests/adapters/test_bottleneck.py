@@ -183,3 +183,11 @@ def test_bottlenecks_without_biases(method, count, tmp_path):
         (delta,) = mmpeft.adapters.state.sites_of(made[False], mmpeft.Method, "default")
         assert {n: tuple(t.shape) for n, t in delta.named_parameters()} == {"down_weight": (2, 8), "up_weight": (8, 2)}
         assert delta.method.size == 2 and not delta.method.bias and made[False](x).shape == y.shape
+
+
+def test_a_parallel_adapter_wants_a_call_that_keeps_its_width():
+    """Refused before the first forward, checked or not."""
+    for layer in (nn.Linear(6, 8), nn.Conv1d(6, 8, 3, padding=1)):
+        with pytest.raises(ConfigError, match="takes 6 channels and gives 8; match the block around it"):
+            mmpeft.attach(nn.Sequential(layer), {"0": mmpeft.AdaptFormer(size=2)}, check=False)
+    mmpeft.attach(nn.Sequential(nn.Linear(6, 6)), {"0": mmpeft.AdaptFormer(size=2)}, check=False)

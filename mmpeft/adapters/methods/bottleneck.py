@@ -112,6 +112,15 @@ class AdaptFormer(Bottleneck, name="adaptformer", aliases=("parallel_bottleneck"
     size: int | None = 64
     scale: float = 0.1
 
+    def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
+        reads, gives = _io(context.module)
+        if reads != gives:
+            raise ConfigError(
+                f"{type(self).__name__} adds what it makes of a call's input to its output, and {site.path} takes {reads} "
+                f"channels and gives {gives}; match the block around it"
+            )
+        return super().init(site, base, context)
+
     def width(self, module: nn.Module) -> int | None:
         return width_in(module)
 

@@ -12,7 +12,7 @@ adapter's plan gets one exact rule for each changed site (`edit.py`), which is h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmpeft.adapters.methods.dynamic_rank import Elastic
 from mmpeft.adapters.methods.lora import DoRA, LoRA, LoRAPlus
 from mmpeft.adapters.methods.low_rank import LowRank
 from mmpeft.adapters.methods.prefix import Prefix, Prefixed
+from mmpeft.adapters.methods.selective import BitFit, Full, LayerNormTuning
 from mmpeft.adapters.selection.criteria import top
 from mmpeft.adapters.selection.edit import editing, one_adapter
 from mmpeft.adapters.site import Site
@@ -142,6 +143,21 @@ def plain_prefixes(model: nn.Module, name: str | None = None) -> list[str]:
 
 def _has_pair(delta: Delta) -> bool:
     return {"A", "B"} <= set(delta._parameters) and axes_of(delta.method) is not None
+
+
+def check_units(deltas: Iterable[Delta]) -> list[Delta]:
+    """The sites that have units; what trains base tensors as they are (a head in full, biases, norms) is passed over.
+
+    Raises:
+        Unsupported: a site of another method without units, or none that has any.
+    """
+    found = [d for d in deltas if not isinstance(d.method, Full | BitFit | LayerNormTuning)]
+    for d in found:
+        if axes_of(d.method) is None or set(d._parameters) - set(axes_of(d.method) or ()):
+            raise Unsupported(f"{d.method.name} at {d.site.name} has no units that could be pruned")
+    if not found:
+        raise Unsupported("the adapter has no site with units that could be pruned")
+    return found
 
 
 def axes_of(method: Method) -> dict[str, int | None] | None:

@@ -66,6 +66,7 @@ class Controller:
     Attributes:
         KEEPS: attributes that `state_dict` holds (numbers, tensors, containers of them, generators).
         measure: what the number that `step` returns is logged as; "" is not at all.
+        reads_samples: whether it looks at single training samples.
         reshapes: whether `close` changes the adapter's tensors, so that it comes before the adapter is saved.
         loop: what the loop has told it by `join`.
     """
@@ -73,6 +74,7 @@ class Controller:
     KEEPS: ClassVar[tuple[str, ...]] = ()
     measure: ClassVar[str] = ""
     reshapes: bool = False
+    reads_samples: ClassVar[bool] = False
     loop: Loop = Loop()
 
     def names(self) -> set[str]:
@@ -81,6 +83,8 @@ class Controller:
 
     def join(self, loop: Loop) -> None:
         """The training begins in this loop; what cannot work in it is refused here."""
+        if self.reads_samples and loop.samples is None:
+            raise ConfigError(f"{type(self).__name__} looks at single training samples; this loop gives none")
         self.loop = loop
 
     def look(self, loss: Loss) -> None:

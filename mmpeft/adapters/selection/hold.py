@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta, Method
+from mmpeft.adapters.selection.compact import check_units
 from mmpeft.adapters.selection.controller import Controller, Loop, samples_of
 from mmpeft.adapters.selection.criteria import check_share, criterion
 from mmpeft.adapters.selection.prune_adapter import prune_entries, prune_units
@@ -90,6 +91,8 @@ class PruneEntries(Holding):
         samples: that the scores are summed over.
     """
 
+    reads_samples = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,13 +124,14 @@ class PruneUnits(Controller):
     """
 
     reshapes = True
+    reads_samples = True
 
     def __init__(
         self, model: nn.Module, *, keep: float, by: str = "sensitivity", samples: int = 32, name: str = "default"
     ) -> None:
         check_share(keep)
         criterion(by)
-        sites_of(model, Method, name)
+        check_units(sites_of(model, Method, name))
         self.model, self.keep, self.by, self.samples, self.name = model, keep, by, samples, name
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.masks import StructuredMask, mask_l1
+from mmpeft.adapters.methods.selective import BitFit, Full, LayerNormTuning
 from mmpeft.adapters.probe import as_call
 from mmpeft.adapters.selection.compact import axes_of, compact, drop_sites
 from mmpeft.adapters.selection.controller import samples_of
@@ -72,7 +73,7 @@ def hard_masks(deltas: list[Delta], *, keep: float, per_site: bool = False) -> d
 @torch.no_grad()
 def module_ratios(model: nn.Module, batches: Iterable[Any], *, name: str = "default") -> dict[str, float]:
     """How much each weight site of an adapter changes what its layer gives: ||x (W' - W)^T|| / ||x W^T|| over batches.
-    Masks of channels are no such sites.
+    Masks of channels are no such sites, nor is what trains base tensors as they are (a head in full, biases, norms).
 
     Args:
         batches: inputs as in `attach(example=)`, or functions that run the model on one.
@@ -106,7 +107,7 @@ def module_ratios(model: nn.Module, batches: Iterable[Any], *, name: str = "defa
 
 
 def _unmasked(model: nn.Module, name: str) -> list[tuple[Delta, nn.Linear, Tensor]]:
-    """(site, layer, its weight) of an adapter's sites but for masks.
+    """(site, layer, its weight) of an adapter's sites but for masks and what is trained whole.
 
     Raises:
         Unsupported: a site that is not the weight of a linear layer.
@@ -115,10 +116,10 @@ def _unmasked(model: nn.Module, name: str) -> list[tuple[Delta, nn.Linear, Tenso
     found: list[tuple[Delta, nn.Linear, Tensor]] = []
     for _, owner, slot in slots(model):
         for _, d in slot.deltas((name,)):
-            if isinstance(d.method, StructuredMask):
+            if isinstance(d.method, StructuredMask | Full | BitFit | LayerNormTuning):  # a mask, or trained as it is
                 continue
             if not isinstance(owner, nn.Linear) or d.site.tensor != "weight" or d.site.rows is not None:
-                raise Unsupported(f"module_ratios reads linear layers; {d.site.name} is the {d.site.kind} of another")
+                raise Unsupported(f"module_ratios reads the weights of linear layers, whole; {d.site.name} is none")
             W = owner._parameters["weight"]
             assert W is not None
             found.append((d, owner, W))
@@ -156,6 +157,7 @@ class LightPEFT(Holding):
 
     KEEPS = ("steps", "held", "gone", "units")
     reshapes = True
+    reads_samples = True
 
     def __init__(
         self,

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Delta, Method
-from mmpeft.adapters.selection.compact import axes_of, compact, components
+from mmpeft.adapters.selection.compact import axes_of, check_units, compact, components
 from mmpeft.adapters.selection.criteria import Evidence, check_share, criterion, top
 from mmpeft.adapters.state import sites_of
-from mmpeft.errors import Unsupported
 
 
 class EntryMask:
@@ -133,12 +132,11 @@ def unit_masks(
 ) -> dict[str, Tensor]:
     """The units that `prune_units` keeps, of these sites: [units] bool by site."""
     check_share(keep)
+    deltas = check_units(deltas)
     scores = _scores(deltas, losses, by)
     sums: dict[str, Tensor] = {}
     for d in deltas:
-        axes = axes_of(d.method)
-        if axes is None:
-            raise Unsupported(f"{d.method.name} at {d.site.name} has no units that could be pruned")
+        axes = axes_of(d.method) or {}
         total = torch.zeros(components(d))
         for n, score in scores[d.site.name].items():
             if (axis := axes.get(n)) is not None:

@@ -145,6 +145,7 @@ class WorstSamples(GradientMask):
     """
 
     KEEPS = ("steps", "kept")
+    reads_samples = True
 
     def __init__(
         self,
