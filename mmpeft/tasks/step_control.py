@@ -127,6 +127,7 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._watching = ExitStack()
         self._held: tuple[int, Iterator[Any]] | None = None  # number of the next validation batch, and all from it on
+        self._ended = False  # what is restored is of a run that had ended
         self._closed = False  # `close` ran, in this run or in the one it goes on from
         self._refused: MmpeftError | None = None  # what `close` said
         self._drawn, self._stepped = -1, 0  # optimizer steps of the run when last drawn for, and when last stepped
@@ -163,6 +164,7 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
         made.join(self._loop(trainer, pl_module))
         if self._restored is not None:
             made.load_state_dict(tree_map(lambda t: t.to(pl_module.device) if _is_data(t) else t, self._restored))
+        self._closed, self._ended, self._restored = self._ended, False, None  # a second training starts anew
         self._drawn, self._stepped = -1, trainer.global_step
 
     def _loop(self, trainer: Any, pl_module: Any) -> Loop:
@@ -256,10 +258,10 @@ class StepControl(_lightning.Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         held = (self._restored or {}) if self.controller is None else self.controller.state_dict()
-        return held | {"closed": True} if self._closed else held
+        return held | {"closed": True} if self._closed or self._ended else held
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._closed = state.get("closed", False)
+        self._ended = state.get("closed", False)
         self._restored = {n: v for n, v in state.items() if n != "closed"} or None
 
 

@@ -111,6 +111,16 @@ def test_a_run_that_had_ended_is_not_pruned_again(tmp_path, caplog):
     assert units == again == 4 and "not again" in caplog.text
 
 
+def test_a_callback_serves_a_second_training(caplog):
+    control, ranks = step_control("PruneUnits", keep=0.5, samples=4), []
+    with caplog.at_level(logging.WARNING, "mmpeft"):
+        for _ in range(2):
+            module = task({"layers.{0,2}": mmpeft.LoRA(rank=4)})
+            trainer_of(control).fit(module, loader())
+            ranks.append(sum(d.method.rank for d in deltas(module.model)))
+    assert ranks == [4, 4] and "not again" not in caplog.text
+
+
 def test_functions_tell_two_of_a_kind_apart():
     keys = {step_control("Once", of=f"mmpeft.{of}").state_key for of in ("compact", "plain_prefixes")}
     assert keys == {"StepControl:Once:compact", "StepControl:Once:plain_prefixes"}

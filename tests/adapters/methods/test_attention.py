@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import close, deltas, fill
+from cases import close, deltas, fill, losses_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -212,14 +212,7 @@ def test_they_learn_a_planted_task_save_and_differ_by_row(name, tmp_path):
     teacher = copy.deepcopy(model)
     fill(teacher, size=1.0, seed=7)
     target = teacher(x).detach()
-    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.05))
-    losses = []
-    for _ in range(150):
-        loss = (model(x) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = losses_on(model, x, target, lr=0.05, steps=150)
     assert losses[0] > 1e-4 and losses[-1] < 0.25 * losses[0], f"{losses[0]} -> {losses[-1]}"
     y = model(x).detach()
     mmpeft.save(model, tmp_path, name="a")

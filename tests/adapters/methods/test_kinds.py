@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import close, deltas, fill
+from cases import close, deltas, fill, losses_on
 from safetensors.torch import load_file
 from torch import nn
 
@@ -40,18 +40,6 @@ def stack(n=2):
 def trained(model, name="a"):
     found = {id(d._parameters[n]): d._parameters[n] for d in deltas(model, name) for n in d.trained}
     return list(found.values())
-
-
-def learns(model, x, target, lr=0.02, steps=120):
-    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=lr))
-    losses = []
-    for _ in range(steps):
-        loss = (model(x) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses[0], min(losses[-5:])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +321,8 @@ def test_call_methods_start_learn_mix_in_a_batch_and_refuse_to_merge(name, tmp_p
     with torch.no_grad():
         target = teacher(x)
     assert not close(target, base, 1e-2)
-    first, last = learns(model, x, target)
+    losses = losses_on(model, x, target, lr=0.02, steps=120)
+    first, last = losses[0], min(losses[-5:])
     assert last < 0.25 * first
     mmpeft.attach(model, {match: method}, name="b", example=x)
     fill(model, "b", 2)

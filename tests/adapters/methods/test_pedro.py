@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import close, deltas, fill
+from cases import close, deltas, fill, losses_on
 from torch import nn
 
 import mmpeft
@@ -96,14 +96,7 @@ def test_it_learns_saves_and_refuses(tmp_path):
     teacher = copy.deepcopy(model)
     fill(teacher, size=0.7, seed=3)
     target = teacher(x).detach()
-    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.03))
-    losses = []
-    for _ in range(200):
-        loss = (model(x) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = losses_on(model, x, target, lr=0.03, steps=200)
     assert losses[0] > 1e-3 and losses[-1] < 0.25 * losses[0]
     y = model(x).detach()
     mmpeft.save(model, tmp_path, name="a")

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import deltas, fill
+from cases import deltas, fill, losses_on
 from torch import nn
 
 import mmpeft
@@ -40,14 +40,7 @@ def learns(model: nn.Module, size: float, lr: float = 0.03) -> tuple[float, floa
     fill(teacher, "a", 5, size)
     with torch.no_grad():
         target = teacher(x)
-    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=lr))
-    losses = []
-    for _ in range(200):
-        loss = (model(x) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = losses_on(model, x, target, lr=lr, steps=200)
     return losses[0], min(losses[-5:])
 
 

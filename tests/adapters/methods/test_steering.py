@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import close, deltas
+from cases import close, deltas, losses_on
 from torch import nn
 
 import mmpeft
@@ -191,14 +191,7 @@ def test_x_peft_mixes_a_frozen_bank_and_trains_masks_alone(hard, tmp_path):
         down, up = sum(w * t for w, t in zip(a, d.down, strict=True)), sum(w * t for w, t in zip(b, d.up, strict=True))
         assert close(model[0].out(x), y + F.linear(F.gelu(F.linear(y, down, d.down_bias)), up))
     target = torch.randn(4, 3, 8)
-    optimizer = torch.optim.Adam(mmpeft.parameter_groups(model, lr=0.3))
-    losses = []
-    for _ in range(40):
-        loss = (model(x) - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = losses_on(model, x, target, lr=0.3, steps=40)
     assert min(losses) < losses[0] - 0.01
     mmpeft.save(model, tmp_path, name="a")
     other = net()
