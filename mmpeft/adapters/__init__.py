@@ -53,6 +53,7 @@ from mmpeft.adapters.methods.full_tuning import Mixout as Mixout
 from mmpeft.adapters.methods.full_tuning import draw_mixout as draw_mixout
 from mmpeft.adapters.methods.full_tuning import one_off_drop as one_off_drop
 from mmpeft.adapters.methods.full_tuning import r3f as r3f
+from mmpeft.adapters.methods.gated import Gated as Gated
 from mmpeft.adapters.methods.hadamard import HiRA as HiRA
 from mmpeft.adapters.methods.hadamard import LoHa as LoHa
 from mmpeft.adapters.methods.krona_adapter import KronAB as KronAB
@@ -99,6 +100,7 @@ from mmpeft.adapters.methods.prefix import ETT as ETT
 from mmpeft.adapters.methods.prefix import Prefix as Prefix
 from mmpeft.adapters.methods.prefix import PrefixTuning as PrefixTuning
 from mmpeft.adapters.methods.prefix import fit_ett as fit_ett
+from mmpeft.adapters.methods.propetl import ProPETL as ProPETL
 from mmpeft.adapters.methods.quantised import LRQAT as LRQAT
 from mmpeft.adapters.methods.quantised import PEQA as PEQA
 from mmpeft.adapters.methods.quantised import QALoRA as QALoRA

@@ -84,6 +84,8 @@ OTHERS = (
     Other("GaLore, Natural GaLore", "`mmpeft.tasks.GaLore` and `mmpeft.tasks.NaturalGaLore`, optimizers for `\"full\"`"),
     Other("FISH-IRD", "`fish_ird`, which attaches a `FishMask`; what the survey cites for FISH Mask"),
     Other("MaM adapter", "a plan: `PrefixTuning` (or `Prefix`) at the attention, `AdaptFormer` at the feed-forward"),
+    Other("UniPELT", "a plan: `Gated` around `LoRA`, `PrefixTuning` and `Bottleneck`"),
+    Other("ProPETL prefix, ProPETL LoRA", "as the survey counts them, `PrefixTuning` and `LoRA` without masks"),
     Other("U-MaM", "`prune_entries` or `PruneEntries`, a controller, on MaM's plan of `Prefix` and `AdaptFormer`"),
     Other("S-MaM", "`prune_units` or `PruneUnits`, a controller, on the same plan: tokens and units, really compacted"),
     Other("SM3, SpIEL-MA's optimizer", "`SM3`; `spiel_ma_step` moves the places, or `SpIELMoves`, a controller"),

@@ -32,6 +32,7 @@ FAMILIES = {
     "LV": "LoRA variants",
     "QU": "quantised",
     "PR": "pruning",
+    "HY": "hybrids",
 }
 
 
@@ -191,6 +192,8 @@ FACTS: dict[str, Facts] = {
     "ConvAdapter": Facts(
         "AH8", "2 width size + (kernel^2 + 2) size + width", (("bias", False, "2 width size + kernel^2 size"),)
     ),
+    "ProPETL": Facts("HY9", "4 width size", (("bias", True, "4 width size + size + width"),)),
+    "Gated": Facts("HY2", "17 width + 1"),
     "PromptTuning": Facts("SP1", "num_tokens width"),
     "PrefixTuning": Facts("SP2", "num_tokens width + hidden (width + 1) + 2 width (hidden + 1)"),
     "Prefix": Facts("SP2", "2 num_tokens width"),

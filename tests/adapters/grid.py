@@ -71,6 +71,7 @@ OWN: dict[str, dict[str, Any]] = {  # and these methods these
     "SHiRA": {"count": None, "rank": 1},
     "Compacter": {"rank": 1},
     "XPEFT": {"std": 0.2},
+    "Gated": {"inner": mmpeft.LoRA(rank=2)},
 }
 CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "OFT": {"block_size": (4, 5, 3, 2)},

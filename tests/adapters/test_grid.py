@@ -23,7 +23,7 @@ HOME = {"weight": "linear-3d", "call": "vit-attention", "tokens": "llm"}  # wher
 OWN_HOME = {
     "LayerNormTuning": "norm-layernorm", "VPT": "vit-blocks", "PEDRO": "llm-layers", "HeadScaling": "linear-3d",
     "LoFiT": "linear-3d", "ITI": "linear-3d", "KronAB": "vit-mlp", "KronARes": "vit-mlp", "ConvAdapter": "conv2d",
-    "AttnScaleLite": "linear-3d", "BOFT": "mha",
+    "AttnScaleLite": "linear-3d", "BOFT": "mha", "Gated": "linear-3d",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,20 +56,26 @@ class InsideAttention(Method):
         """q [B, heads, T, d], k and v [B, heads or kv heads, S, d] -> [B, heads, T, d]; `o` is the other options."""
 
     def around(self, p: Delta, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def answer(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            **o: Any,
-        ) -> Tensor:
-            return self.attend(p, query, key, value, attn_mask, is_causal, {"dropout_p": dropout_p, **o})
+        return inside(partial(self.attend, p), call, args, kwargs)
 
-        if torch.compiler.is_compiling():  # dynamo would trace past the mode; run this attention as it is
-            return torch.compiler.disable(enter)(answer, call, args, kwargs)  # type: ignore[no-untyped-call]
-        return enter(answer, call, args, kwargs)
+
+def inside(attend: Attend, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call with `attend(q, k, v, mask, causal, options)` in the place of its attention."""
+
+    def answer(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **o: Any,
+    ) -> Tensor:
+        return attend(query, key, value, attn_mask, is_causal, {"dropout_p": dropout_p, **o})
+
+    if torch.compiler.is_compiling():  # dynamo would trace past the mode; run this attention as it is
+        return torch.compiler.disable(enter)(answer, call, args, kwargs)  # type: ignore[no-untyped-call]
+    return enter(answer, call, args, kwargs)
 
 
 def enter(answer: Attend, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

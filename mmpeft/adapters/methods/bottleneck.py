@@ -27,6 +27,19 @@ Activation = Literal["relu", "gelu", "silu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
+@dataclass
+class Projections:
+    """What `Bottleneck.update` reads of a site, for methods that make the weights at each call (a class that
+    torch.compile traces)."""
+
+    site: Site
+    training: bool
+    down_weight: Tensor
+    up_weight: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
     """Serial bottleneck adapter (arXiv 1902.00751, 2005.00247).
@@ -79,13 +92,7 @@ class Bottleneck(Method, name="bottleneck", aliases=("houlsby", "pfeiffer")):
 
     def update(self, x: Tensor, p: Delta) -> Tensor:
         """s * up(act(down(x))) along the channel axis, in x's dtype."""
-        width, last = p.down_weight.shape[1], x.shape[-1]
-        channels_first = x.ndim in (3, 4, 5) and last != width and x.shape[1] == width
-        if last != width and not channels_first:
-            raise ConfigError(
-                f"{p.site.path}: a tensor of shape {tuple(x.shape)} has no channel axis of {width}; pass dim="
-            )
-        h = x.movedim(1, -1) if channels_first else x
+        h, channels_first = channels_last(x, p.down_weight.shape[1], p.site)
         down, up = self.biases(p, h.dtype)
         h = ACTIVATIONS[self.activation](F.linear(h, p.down_weight.to(h.dtype), down))
         h = F.dropout(h, self.dropout, p.training)
@@ -130,6 +137,15 @@ class AdaptFormer(Bottleneck, name="adaptformer", aliases=("parallel_bottleneck"
         output = call(*args, **kwargs)
         y, put = first_tensor(output)
         return put(y + update)
+
+
+def channels_last(x: Tensor, width: int, site: Site) -> tuple[Tensor, bool]:
+    """x [..., width], and whether its channels were on axis 1 (a convolutional map)."""
+    if x.shape[-1] == width:
+        return x, False
+    if x.ndim in (3, 4, 5) and x.shape[1] == width:
+        return x.movedim(1, -1), True
+    raise ConfigError(f"{site.path}: a tensor of shape {tuple(x.shape)} has no channel axis of {width}; pass dim=")
 
 
 def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

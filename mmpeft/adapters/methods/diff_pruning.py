@@ -7,6 +7,7 @@ is a `Sparse` adapter:
     mmpeft.attach(model, {"encoder.**": mmpeft.DiffPruning(structured=True)}, name="a")
     gates = mmpeft.DiffGates(model, "a")
     each step:  gates.draw(); loss = task(model) + 1e-7 * gates.penalty(); ...
+    gates.count(density=0.005)           # how many entries will be left, of all sites together
     gates.harden(density=0.005)          # the adapter "a" now holds the largest 0.5 % of z * w; train on, with fixed
                                          # places. Or DiffGates(density=0.005, at=1000) in mmpeft.tasks.StepControl
 
@@ -28,7 +29,7 @@ from mmpeft.adapters.methods.sparse import Sparse, attach_placed, exact, sparse_
 from mmpeft.adapters.plan import Rule
 from mmpeft.adapters.selection.criteria import check_share, top
 from mmpeft.adapters.selection.hold import Held, Holding, label
-from mmpeft.adapters.site import Site
+from mmpeft.adapters.site import Site, own_tensors
 from mmpeft.adapters.state import sites_of
 from mmpeft.errors import ConfigError
 
@@ -43,6 +44,7 @@ class DiffPruning(Method, name="diff-pruning", aliases=("diff_pruning", "u-diff"
 
     Args:
         structured: multiply by a gate of the whole matrix too ("S-Diff").
+        vectors: biases and the gains and biases of norms too: all numbers of the modules matched, as in the paper.
         alpha: start of the gates' locations, at which z is 0.95 (the paper starts nearer to 1, where gates have no
             gradient).
     """
@@ -50,7 +52,12 @@ class DiffPruning(Method, name="diff-pruning", aliases=("diff_pruning", "u-diff"
     beside = ("DiffGates",)
     structured: bool = False
     alpha: float = 1.5
+    vectors: bool = False
+    space = "any"
     mixes = False
+
+    def tensors(self, path: str, module: nn.Module) -> list[str]:
+        return own_tensors(module) if self.vectors else super().tensors(path, module)
 
     def init(self, site: Site, base: Tensor | None, context: Context) -> Tensors:
         assert base is not None
@@ -144,6 +151,12 @@ class DiffGates(Holding):
             total = total.to(open_) + open_.sum()
         return total
 
+    def count(self, density: float) -> int:
+        """How many entries, of all sites together, a density leaves; known before training, on the meta device too."""
+        check_share(density)
+        total: int = sum(d.w.numel() for d in self.deltas)
+        return max(1, round(density * total))
+
     def choose(self) -> Held:
         assert self.density is not None
         final, places = self._largest(self.density)
@@ -187,5 +200,4 @@ class DiffGates(Holding):
             final = {d.site.name: d.method.update(d).clone() for d in self.deltas if isinstance(d.method, DiffPruning)}
             for d, mode in training.items():
                 d.train(mode)
-        total = sum(t.numel() for t in final.values())
-        return final, top({n: t.abs() for n, t in final.items()}, max(1, round(density * total)))
+        return final, top({n: t.abs() for n, t in final.items()}, self.count(density))

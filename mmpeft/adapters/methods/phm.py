@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Tensors, zeros
-from mmpeft.adapters.methods.bottleneck import Activation, Bottleneck
+from mmpeft.adapters.methods.bottleneck import Activation, Bottleneck, Projections
 from mmpeft.adapters.methods.kronecker import kron
 from mmpeft.adapters.methods.low_rank import at_least, normal, xavier
 from mmpeft.adapters.site import Site
@@ -85,7 +84,7 @@ class PHMAdapter(Bottleneck, name="phm"):
             weights[f"{part}_weight"] = kron(A, self.blocks(p, part)).sum(0)
             if self.bias:
                 weights[f"{part}_bias"] = p._parameters[f"{part}_bias"]
-        return super().update(x, cast(Delta, SimpleNamespace(**weights)))
+        return super().update(x, cast(Delta, Projections(**weights)))
 
     def flops(self, site: Site, tensors: Mapping[str, Tensor]) -> int:
         return 4 * self.n * tensors["down_B"].numel()  # W is formed: 2 m d of each projection

@@ -55,19 +55,28 @@ class Prefixed(InsideAttention):
         """Keys and values [num_tokens, width of the keys]."""
 
     def attend(self, p: Delta, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, o: Any) -> Tensor:
-        shape = (len(q), p.facts["kv"], self.num_tokens, k.shape[-1])
-        front = [t.view(self.num_tokens, *shape[1::2]).transpose(0, 1).to(q.dtype) for t in self.prefix(p)]
-        if causal:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            mask = F.pad(mask, (self.num_tokens, 0), value=1 if mask.dtype == torch.bool else 0)
-        if k.shape[1] != shape[1]:  # already repeated for grouped queries
-            front = [t.repeat_interleave(k.shape[1] // shape[1], 0) for t in front]
-        k, v = (torch.cat([f.expand(len(q), -1, -1, -1), t], -2) for f, t in zip(front, (k, v), strict=True))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **o)
+        return attend_to(*self.prefix(p), p.facts["kv"], q, k, v, mask, causal, o)
 
     def flops(self, site: Site, tensors: Any) -> int:
         return 0  # the cost is a longer row of scores
+
+
+def attend_to(
+    K: Tensor, V: Tensor, kv: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, o: Any
+) -> Tensor:
+    """Attention of q [B, heads, T, d] with the prefix K, V [n, kv d], or one a row [B, n, kv d], before k and v."""
+    n = K.shape[-2]
+    front = [t.reshape(*t.shape[:-1], kv, k.shape[-1]).transpose(-3, -2).to(q.dtype) for t in (K, V)]
+    if front[0].ndim == 4 and len(front[0]) != len(q):
+        raise ConfigError(f"prefixes for {len(front[0])} samples in an attention of {len(q)} rows (windows?)")
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        mask = F.pad(mask, (n, 0), value=1 if mask.dtype == torch.bool else 0)
+    if k.shape[1] != kv:  # already repeated for grouped queries
+        front = [t.repeat_interleave(k.shape[1] // kv, -3) for t in front]
+    k, v = (torch.cat([f.expand(len(q), -1, -1, -1), t], -2) for f, t in zip(front, (k, v), strict=True))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **o)
 
 
 @dataclass(frozen=True)

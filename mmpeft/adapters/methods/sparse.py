@@ -50,6 +50,7 @@ class Sparse(Method, name="sparse"):
     density: float = 0.005
     criterion: str = "random"
     seed: int = 0
+    space = "any"  # matched modules: their matrices; a bias or a gain by its own name
     mixes = False
 
     def __post_init__(self) -> None:
@@ -113,6 +114,7 @@ class SHiRA(Sparse, name="shira"):
     its Grad and SNIP."""
 
     rank: int = 8
+    space = "matrix"
 
     def budget(self, site: Site) -> int:
         stacked = torch.Size(site.shape[:-2]).numel()

@@ -80,6 +80,7 @@ class DnA(Sparse, name="dna"):
     criterion: str = "magnitude"
     rank: int = 8
     iterations: int = 5
+    space = "matrix"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,6 +35,7 @@ class SparseRows(Sparse, name="sparse-rows"):
     density: float = 0.05
     axis: Literal["rows", "columns"] = "rows"
     order: Order = "largest"
+    space = "matrix"
 
     def __post_init__(self) -> None:
         super().__post_init__()

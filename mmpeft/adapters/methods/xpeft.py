@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from mmpeft.adapters.method import Context, Delta, Tensors, zeros
-from mmpeft.adapters.methods.bottleneck import Activation, Bottleneck
+from mmpeft.adapters.methods.bottleneck import Activation, Bottleneck, Projections
 from mmpeft.adapters.methods.low_rank import at_least, seeded_normal, site_seed
 from mmpeft.adapters.site import Site
 from mmpeft.errors import ConfigError
@@ -72,7 +71,7 @@ class XPEFT(Bottleneck, name="x-peft"):
         return hard + soft - soft.detach()
 
     def update(self, x: Tensor, p: Delta) -> Tensor:
-        mixed = SimpleNamespace(
+        mixed = Projections(
             down_weight=torch.tensordot(self.mask(p.a), p.down, 1),
             up_weight=torch.tensordot(self.mask(p.b), p.up, 1),
             **{n: getattr(p, n) for n in ("down_bias", "up_bias") if self.bias},

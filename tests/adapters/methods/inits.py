@@ -126,6 +126,7 @@ class Start:
 
 
 BOTTLENECK = {"down_weight": KAIMING, "down_bias": ZERO, "up_weight": ZERO, "up_bias": ZERO}
+GATE = {"gate_weight": std(0.02), "gate_bias": ZERO}
 FASTFOOD = {"t": ZERO, "signs": signs, "order": permutation, "gauss": std(1.0)}
 M = mmpeft
 STARTS = [
@@ -243,6 +244,11 @@ STARTS = [
     Start(M.FLOP(), {"P": lambda t, W, p: near((t @ p["Q"]).double(), W.double(), 1e-4),
                      "Q": lambda t, W, p: near(t.norm(dim=1), p["P"].norm(dim=0).double(), 1e-4),
                      "alpha": value(1.5), "noise": ZERO}),
+    Start(M.ProPETL(reduction=2), {"down_weight": KAIMING, "up_weight": ZERO, "down_score": KAIMING,
+                                   "up_score": bound((IN / 2) ** -0.5)}),
+    Start(M.ProPETL(bias=True), {**BOTTLENECK, "down_score": KAIMING, "up_score": bound((IN // 12) ** -0.5)}),
+    Start(M.Gated(), {**PAIR, **GATE}),
+    Start(M.Gated(M.Bottleneck()), {**BOTTLENECK, **GATE}),
     Start(M.AdaDEFT(), {"w": ONE}),
     Start(M.LayerDrop(), {}),
     Start(M.QALoRA(group=8), {"A": bound((IN / 8) ** -0.5), "B": ZERO}),
@@ -309,6 +315,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "SAID": {"dimension": 1000, "seed": 0},
     "ReLoRA": {**LOW, "stages": 4},
     "Bottleneck": BOX,
+    "ProPETL": {**BOX, "reduction": 12, "density": 0.5, "lr_ratio": 30.0},
     "AdaptFormer": {**BOX, "size": 64, "scale": 0.1},
     "ConvAdapter": {**BOX, "reduction": 4, "kernel": 3, "prefix": 0},
     "PHMAdapter": {**BOX, "n": 4},
@@ -366,6 +373,8 @@ CHOICES: dict[str, dict[str, object]] = {
     "OFT": {"side": "in"},
     "BOFT": {"scale": True},
     "Bottleneck": BOXES,
+    "ProPETL": {"activation": "relu"},
+    "Gated": {"inner": mmpeft.LoRA()},
     "AdaptFormer": BOXES,
     "ConvAdapter": BOXES,
     "PHMAdapter": {**BOXES, "activation": "gelu"},

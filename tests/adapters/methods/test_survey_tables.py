@@ -2,13 +2,14 @@
 reasoning) prints shares of the nominal size, each by a plan on the architecture, on the meta device.
 
 Numbers are those that the named configuration gives exactly; Table 1 prints them rounded (or cut) to three digits. Its
-rows are with a two-class head or without, as the row here says. Of its configurations that could be derived, `NOT_HERE`
-lists those that no plan of mmpeft has. MoSLoRA, SFT, SK-Tuning's prompts on -large and its prefixes on -base have no
+rows are with a two-class head or without, as the row here says. Diff pruning has a test of its own: what it stores is
+less than what it trains. MoSLoRA, SFT, SK-Tuning's prompts on -large and its prefixes on -base have no
 configuration that gives the printed number.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -67,6 +68,7 @@ TABLE_1 = [  # (row of the survey, with a head, plan, base, large); None: no suc
         1_771_778,
         4_197_378,
     ),
+    ("ProPETL adapter", True, {"**.layer.*.output": mmpeft.ProPETL()}, 1_870_082, 5_403_650),
     ("ProPETL LoRA", True, {QV: mmpeft.LoRA(rank=32)}, 1_771_778, 4_197_378),
     (
         "ProPETL prefix",  # as trained; 64 prefix tokens stay
@@ -90,11 +92,11 @@ TABLE_1 = [  # (row of the survey, with a head, plan, base, large); None: no suc
     ("SK-Tuning prompts", True, {"roberta": mmpeft.PromptTuning(num_tokens=10)}, 599_810, None),
     ("SK-Tuning prefixes", True, {"**.attention.self": mmpeft.Prefix(num_tokens=18)}, None, 1_936_386),
 ]
-NOT_HERE = {  # row: ((base, large), why no plan says it)
-    "ProPETL adapter": ((1_870_082, 5_403_650), "one prototype under a trained mask a layer"),
-    "Diff pruning": ((1_240_550, None), "1 % of all numbers at once: chosen by what training made of them"),
+UNIPELT = {  # its defaults: four gates a layer
+    QV: mmpeft.Gated(mmpeft.LoRA(rank=8)),
+    "**.attention.self": mmpeft.Gated(mmpeft.PrefixTuning(num_tokens=10, hidden=512)),
+    "**.layer.*.output": mmpeft.Gated(mmpeft.Bottleneck(reduction=16)),
 }
-
 MAM_PREFIX = {"**.attention.self": mmpeft.PrefixTuning(num_tokens=30, hidden=800)}
 ENCODER = [  # beside Table 1: what HF PEFT and AdapterHub count on the bare RoBERTa-base and -large encoders
     ("LoRA r=8", {QV: mmpeft.LoRA(rank=8)}, 294_912, 786_432),
@@ -109,6 +111,7 @@ ENCODER = [  # beside Table 1: what HF PEFT and AdapterHub count on the bare RoB
     ("Pfeiffer", {"**.layer.*.output": mmpeft.Bottleneck(reduction=16)}, 894_528, 3_171_840),
     ("parallel m=384", {"**.layer.*": mmpeft.AdaptFormer(size=384)}, 7_091_712, None),
     ("MaM", {**MAM_PREFIX, "**.layer.*": mmpeft.AdaptFormer(size=384, scale=4.0)}, 22_493_984, None),
+    ("UniPELT", UNIPELT, 11_083_376, None),
 ]
 
 SEVEN = "**.{q,k,v,o,gate,up,down}_proj"
@@ -147,7 +150,7 @@ TABLE_2 = [  # (model, what, plan, count)
 PRINTED = {
     "FT": ("124.6", "355.3"), "AdapterS": ("7.41", "19.77"), "Prompt tuning": ("0.61", "1.07"),
     "Prefix-tuning": ("0.96", "2.03"), "(IA)3": ("0.66", "1.22"), "BitFit + dense": ("0.083", "0.222"),
-    "LoRA": ("0.89", "1.84"), "AdaLoRA": ("1.03", "2.23"), "ProPETL LoRA": ("1.77", "4.19"),
+    "LoRA": ("0.89", "1.84"), "AdaLoRA": ("1.03", "2.23"), "ProPETL adapter": ("1.87", "5.40"), "ProPETL LoRA": ("1.77", "4.19"),
     "ProPETL prefix": ("10.49", "26.85"), "MAM adapter": ("1.78", None), "MAM adapter without biases": (None, "4.20"),
     "RoCoFT 1 row + dense": ("0.083", "0.222"), "Propulsion 1": ("0.086", "0.225"),
     "Propulsion 3": ("0.258", "0.675"), "Propulsion attention": ("0.028", "0.073"), "VeRA": ("0.043", None),
@@ -211,17 +214,21 @@ def test_the_heads_of_table_1():
         assert trained(model(f"FacebookAI/roberta-{size}", 2), HEAD) == numbers
 
 
-def test_rows_that_no_plan_has_are_not_counted_by_chance():
-    """If one of them becomes a plan, it belongs in TABLE_1."""
-    assert not {row[0] for row in TABLE_1} & set(NOT_HERE)
-    # 1 % of the encoder without its pooler; taken tensor by tensor, the rounding differs by less than one each.
-    root = model("FacebookAI/roberta-base")
-    kept = [p for n, p in root.named_parameters() if "pooler" not in n]
-    assert round(0.01 * sum(p.numel() for p in kept)) == NOT_HERE["Diff pruning"][0][0]
-    plan = {" ".join(f"**.{n}" for n in ("query", "key", "value", "dense")) + f" {EMBEDDINGS} !pooler.dense":
-            mmpeft.Sparse(density=0.01)}  # fmt: skip
-    matrices = sum(round(0.01 * p.numel()) for p in kept if p.ndim == 2)
-    assert trained(root, plan) == matrices
+def test_unipelt_is_its_parts_and_48_gates():
+    gates = trained(model("FacebookAI/roberta-base"), UNIPELT)
+    gates -= trained(model("FacebookAI/roberta-base"), {match: gated.inner for match, gated in UNIPELT.items()})
+    assert gates == 12 * 4 * (768 + 1)
+
+
+def test_diff_pruning_leaves_one_in_a_hundred_of_all_numbers():
+    """Of the encoder without its pooler, biases, norms and embeddings included; chosen over all of them together, so that
+    no tensor's rounding counts (tensor by tensor it would be another number)."""
+    root = copy.deepcopy(model("FacebookAI/roberta-base"))
+    mmpeft.attach(root, {"** !pooler.dense": mmpeft.DiffPruning(vectors=True)}, name="a", check=False)
+    kept = [p for n, p in root.named_parameters() if "pooler" not in n and "_adapters" not in n]
+    assert mmpeft.DiffGates(root, "a").count(density=0.01) == round(0.01 * sum(p.numel() for p in kept)) == 1_240_550
+    assert sum(max(1, round(0.01 * p.numel())) for p in kept) != 1_240_550
+    assert round(1_240_550 / 1e6, 2) == 1.24  # as printed
 
 
 @pytest.mark.parametrize("what", RATIO_13B_7B)
