@@ -13,6 +13,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def no_shards_seen(monkeypatch):
     """What is kept by tensor versions stays off in a process that has sharded; here many tests share one."""
-    from mmpeft.adapters import wrapped
+    from mmpeft.adapters import versions
 
-    monkeypatch.setattr(wrapped, "_seen", set())
+    monkeypatch.setattr(versions, "_doubted", set())

@@ -21,7 +21,8 @@ from mmpeft.adapters.method import Delta, Factors, wide
 from mmpeft.adapters.rows import join_rows, only_rows, split_rows, take_rows
 from mmpeft.adapters.site import put_rows, slice_rows
 from mmpeft.adapters.state import Active, State
-from mmpeft.adapters.wrapped import is_sharded, versions_tell
+from mmpeft.adapters.versions import versions_tell
+from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:

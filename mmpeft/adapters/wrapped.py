@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from mmpeft.adapters.versions import doubt
+
 # The child under which torch.compile, checkpoint_wrapper and FSDP1 keep the module they wrap.
 INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -39,23 +41,12 @@ def class_name(model: nn.Module) -> str:
     return cls.__name__
 
 
-_seen: set[str] = set()
-
-
 def is_sharded(t: Any) -> bool:
     """Whether `t` is a DTensor."""
     if type(t) in (Tensor, nn.Parameter) or not hasattr(t, "full_tensor"):
         return False
-    _seen.add("sharded")
+    doubt("sharded: FSDP2 keeps the versions of what it gathers into")
     return True
-
-
-def versions_tell() -> bool:
-    """Whether a tensor's version says that it changed, so that what is made of it may be kept.
-
-    Not in a process that shards: FSDP2 gathers new values into the same tensors and keeps their versions.
-    """
-    return not _seen
 
 
 def whole(t: Tensor) -> Tensor:

@@ -74,11 +74,14 @@ class TrainStep:
         if self.rows is not None and rows is not None:
             self.rows.copy_(rows, non_blocking=True)
         if not self.ids.is_cuda:
-            return self._run()
-        if self._graph is None:
-            self._capture()
-        self._graph.replay()
-        return self._loss
+            loss = self._run()
+        else:
+            if self._graph is None:
+                self._capture()
+            self._graph.replay()
+            loss = self._loss
+        torch.autograd.graph.increment_version(self.model.masters)  # written by a kernel, or through another view
+        return loss
 
     def _run(self) -> Tensor:
         loss, tape = self.model.forward(F.embedding(self.ids, self.model.embedding), self.labels, self.rows, self.documents)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmpeft.adapters.method import Context, Delta, Factors, Method, Tensors, check_rank, wide, zeros
 from mmpeft.adapters.site import Site
-from mmpeft.adapters.wrapped import versions_tell
+from mmpeft.adapters.versions import versions_tell
 from mmpeft.errors import ConfigError, Unsupported
 from mmpeft.kernels.dora import RowNorms, row_norm
 
