@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -47,6 +46,12 @@ class Compiled:
     def __exit__(self, *error: object) -> None:
         self.undo()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model has its own forwards (`Route`): there is nothing to report."""
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
     def undo(self) -> None:
         """Take everything off again, the last part first; harmless to call twice."""
         while self._undo:
@@ -84,6 +89,10 @@ class Compiled:
         return TrainStep(fused, fused.optimizer(**optimizer), batch=batch, length=length, rows=rows, documents=documents)
 
 
+def _nothing() -> None:
+    """What a pickled model has in place of its report."""
+
+
 class Step:
     """A function of tensors without gradients, captured whole as one CUDA graph a shape, adapters unmerged: `use` of
     another adapter between calls rewrites the fused decoders' compute copies and replays the same graph."""
@@ -111,7 +120,7 @@ def _key(state: State | None) -> Any:
     return (state.indexed or ("one" if single else active), state.merged, state.bare)
 
 
-_COMPILED: WeakKeyDictionary[nn.Module, Compiled] = WeakKeyDictionary()
+KEPT = "_mmpeft_compiled"  # where a model keeps its report; a table of models would keep them alive, since parts refer to them
 
 
 def compile(
@@ -144,9 +153,9 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"mmpeft.compile takes a module, given {type(model).__name__}")
-    if (before := _COMPILED.pop(model, None)) is not None:
+    if (before := model.__dict__.pop(KEPT, None)) is not None:
         before.undo()
-    compiled = _COMPILED[model] = Compiled()
+    compiled = model.__dict__[KEPT] = Compiled()
     fused: set[int] = set()
     captures = graphs and any(p.is_cuda for p in model.parameters())
     parts: list[tuple[bool, str, Callable[..., None]]] = [
