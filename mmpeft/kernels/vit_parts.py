@@ -19,11 +19,15 @@ from mmpeft.kernels.fused_ops import gelu_of
 NORM1 = ("norm1", "layer_norm1", "layernorm_before", "ln_1")
 NORM2 = ("norm2", "layer_norm2", "layernorm_after", "ln_2")
 ATTENTION = ("attn", "self_attn", "attention")
-QKV = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("",))  # "": nn.MultiheadAttention itself
-OUT = ("proj", "out_proj", "o_proj", "projection")
+INNER = "attention"  # transformers' BERT layout (DINOv2 in 5.17): attention.attention.query, attention.output.dense
+QKV = (
+    ("qkv",), ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"),
+    (f"{INNER}.query", f"{INNER}.key", f"{INNER}.value"), ("",),  # "": nn.MultiheadAttention itself
+)  # fmt: skip
+OUT = ("proj", "out_proj", "o_proj", "projection", "output.dense")
 UP = ("mlp.fc1", "mlp.c_fc")
 DOWN = ("mlp.fc2", "mlp.c_proj")
-ACT = ("mlp.act", "mlp.activation_fn", "mlp.act_fn", "mlp.gelu")
+ACT = ("mlp.act", "mlp.activation_fn", "mlp.activation", "mlp.act_fn", "mlp.gelu")
 SCALE1 = ("ls1.gamma", "ls_1.gamma", "layer_scale1.lambda1")
 SCALE2 = ("ls2.gamma", "ls_2.gamma", "layer_scale2.lambda1")
 GELUS = ("none", "tanh", "quick")
@@ -152,7 +156,7 @@ def _qkv(attention: nn.Module, path: str, below: str) -> tuple[Matrix, ...]:
                 if attention.bias_k is not None or attention.add_zero_attn:
                     raise Unsupported(f"{path}: keys of its own beside the tokens'")
                 return (Matrix(below, attention, "in_proj_weight", "in_proj_bias"),)
-        elif all(hasattr(attention, n) for n in names):
+        elif all(_first(attention, (n,)) is not None for n in names):
             return tuple(_linear(attention, (n,), path, below) for n in names)
     raise Unsupported(f"{path} has no {' or '.join('|'.join(n) for n in QKV[:-1])}: no attention of a ViT block")
 
@@ -167,7 +171,9 @@ def _tensor(block: nn.Module, names: tuple[str, ...]) -> Tensor | None:
 
 
 def _number(module: Any, names: tuple[str, ...]) -> float | None:
-    return next((v for n in names if isinstance(v := getattr(module, n, None), int | float) and v > 0), None)
+    """A positive number under one of its names, of an attention or of the one inside it."""
+    owners = (module, getattr(module, INNER, None))
+    return next((v for m in owners for n in names if isinstance(v := getattr(m, n, None), int | float) and v > 0), None)
 
 
 @torch.no_grad()

@@ -20,21 +20,20 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
 LABELS = torch.where(torch.arange(7) < 3, -100, IDS)
 
 
-def llama(kind="Llama", **extra):
+def llama(device="cpu", kind="Llama", **extra):
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
              "intermediate_size": 56, "vocab_size": 101}  # fmt: skip
-    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | extra))
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes | extra)).to(device)
 
 
-def adapted(model=None, plan=None, names=("a",)):
-    model = llama() if model is None else model
+def adapted(model, plan=None, names=("a",)):
     for name in names:
         mmpeft.attach(model, plan or PLAN, name=name)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            p.data += 0.1 * torch.randn(p.shape, generator=generator)
+            p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p)
     mmpeft.use(model, names[0])
     return model
 
@@ -43,11 +42,14 @@ def quiet(model, **options):
     return mmpeft.compile(model, out=io.StringIO(), **options)
 
 
-def run(model, **inputs):
+def batch(model):
+    return {"input_ids": IDS.to(model.device), "labels": LABELS.to(model.device)}
+
+
+def run(model):
     """(loss, gradients of what is trained and active)."""
-    given = {"input_ids": IDS, "labels": LABELS} | inputs
     model.zero_grad()
-    loss = model(**given).loss
+    loss = model(**batch(model)).loss
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -60,30 +62,30 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
-def test_loss_and_gradients_equal_and_undo(kind, capsys):
-    model = adapted(llama(kind))
+def test_loss_and_gradients_equal_and_undo(kind, device, capsys):
+    model = adapted(llama(device, kind))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     want = run(model)
     compiled = mmpeft.compile(model)
     report = capsys.readouterr().out
     assert "on   decoder model" in report and "2 fused blocks, adapter 'a'" in report
-    assert "off  graphs" in report and "CUDA graphs need a GPU" in report
+    assert ("off  graphs" in report and "CUDA graphs need a GPU" in report) == (device == "cpu")
     same(run(model), want)
-    assert model(input_ids=IDS, labels=LABELS).logits is None
+    assert model(**batch(model)).logits is None
     assert compiled.decoders[0].calls == {"fused": 3, "own": 0} or compiled.decoders[0].calls["own"] == 0
     compiled.undo()
     compiled.undo()
     same(run(model), want)
-    assert model(input_ids=IDS, labels=LABELS).logits is not None
+    assert model(**batch(model)).logits is not None
     assert "forward" not in model.__dict__ | model.model.__dict__
     after = model.state_dict()
     assert all(torch.equal(after[k], v) and after[k].is_contiguous() for k, v in state.items())
 
 
-def test_an_ordinary_optimizer_and_the_written_out_step_agree():
+def test_an_ordinary_optimizer_and_the_written_out_step_agree(device):
     losses = []
     for way in ("plain", "compiled", "step"):
-        model = adapted()
+        model = adapted(llama(device))
         optimizer = torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-2, weight_decay=0.0))
         compiled = None if way == "plain" else quiet(model)
         step = compiled.train_step(batch=2, length=7, lr=1e-2) if way == "step" else None
@@ -97,26 +99,29 @@ def test_an_ordinary_optimizer_and_the_written_out_step_agree():
         losses.append(torch.tensor(curve))
         if compiled is not None:
             compiled.undo()
-            torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss.detach(), losses[-1].new_tensor(
+            torch.testing.assert_close(model(**batch(model)).loss.detach(), losses[-1].new_tensor(
                 float(run(model)[0])))  # fmt: skip
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=0)
     torch.testing.assert_close(losses[2], losses[0], rtol=2e-4, atol=0)
     assert losses[0][-1] < losses[0][0] - 0.1
 
 
-def test_a_switch_to_another_adapter_and_what_is_left_to_the_model(caplog):
-    model = adapted(names="ab")
+def test_a_switch_to_another_adapter_and_what_is_left_to_the_model(device):
+    model = adapted(llama(device), names="ab")
+    ids = IDS.to(device)
+
+    def rows(*values):
+        return torch.tensor(values, device=device)
+
     cases = {
-        "b": lambda: model(input_ids=IDS, use_cache=False).logits,
-        "left": lambda: model(
-            input_ids=IDS, attention_mask=torch.tensor([[0] * 2 + [1] * 5, [1] * 7]), use_cache=False
-        ).logits[1],
-        "packed": lambda: model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2), use_cache=False).logits,
-        "elsewhere": lambda: model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 9, 3, 4, 5]] * 2), use_cache=False).logits,
-        "cache": lambda: model(input_ids=IDS, use_cache=True).logits,
-        "attentions": lambda: model(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[-1],
+        "b": lambda: model(input_ids=ids, use_cache=False).logits,
+        "left": lambda: model(input_ids=ids, attention_mask=rows([0] * 2 + [1] * 5, [1] * 7), use_cache=False).logits[1],
+        "packed": lambda: model(input_ids=ids, position_ids=rows(*[[0, 1, 2, 0, 1, 2, 3]] * 2), use_cache=False).logits,
+        "elsewhere": lambda: model(input_ids=ids, position_ids=rows(*[[0, 1, 2, 9, 3, 4, 5]] * 2), use_cache=False).logits,
+        "cache": lambda: model(input_ids=ids, use_cache=True).logits,
+        "attentions": lambda: model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1],
         "right": lambda: model(
-            input_ids=IDS, attention_mask=torch.tensor([[1] * 5 + [0] * 2, [1] * 7]), use_cache=False
+            input_ids=ids, attention_mask=rows([1] * 5 + [0] * 2, [1] * 7), use_cache=False
         ).logits[:, :5],
     }
     with torch.no_grad():
@@ -138,17 +143,18 @@ def test_a_switch_to_another_adapter_and_what_is_left_to_the_model(caplog):
     compiled.undo()
 
 
-def test_generation_is_the_same():
-    model = adapted()
+def test_generation_is_the_same(device):
+    model = adapted(llama(device))
+    ids = IDS.to(device)
     config = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    want = model.generate(IDS, **config)
+    want = model.generate(ids, **config)
     with quiet(model):
-        assert torch.equal(model.generate(IDS, **config), want)
+        assert torch.equal(model.generate(ids, **config), want)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_mode_dropout_checkpointing_and_accumulation(dropout):
-    model = adapted(plan={k: mmpeft.LoRA(rank=3, alpha=6, dropout=dropout) for k in PLAN})
+def test_training_mode_dropout_checkpointing_and_accumulation(dropout, device):
+    model = adapted(llama(device), plan={k: mmpeft.LoRA(rank=3, alpha=6, dropout=dropout) for k in PLAN})
     model.train()
     plain = run(model)
     with quiet(model):
@@ -160,24 +166,24 @@ def test_training_mode_dropout_checkpointing_and_accumulation(dropout):
         else:
             same(first, plain)
         model.zero_grad()
-        (model(input_ids=IDS, labels=LABELS).loss + model(input_ids=IDS, labels=LABELS).loss).backward()  # two tapes
+        (model(**batch(model)).loss + model(**batch(model)).loss).backward()  # two tapes
         if not dropout:
             for g, p in zip(plain[1], (p for p in model.parameters() if p.grad is not None), strict=True):
                 torch.testing.assert_close(p.grad, 2 * g, rtol=1e-3, atol=1e-6)
 
 
-def test_a_step_between_forward_and_backward_is_refused():
-    model = adapted()
+def test_a_step_between_forward_and_backward_is_refused(device):
+    model = adapted(llama(device))
     with quiet(model):
-        loss = model(input_ids=IDS, labels=LABELS).loss
+        loss = model(**batch(model)).loss
         with torch.no_grad():
             next(p for p in model.parameters() if p.requires_grad).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 
-def test_copies_and_pickles_have_their_own_forward():
-    model = adapted()
+def test_copies_and_pickles_have_their_own_forward(device):
+    model = adapted(llama(device))
     want = run(model)
     with quiet(model) as compiled:
         other, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -189,8 +195,8 @@ def test_copies_and_pickles_have_their_own_forward():
         same(run(model), want)
 
 
-def test_moved_weights_and_loaded_ones_are_noticed():
-    model = adapted()
+def test_moved_weights_and_loaded_ones_are_noticed(device):
+    model = adapted(llama(device))
     with quiet(model) as compiled:
         state = {k: v * 1.5 if "q_proj.weight" in k else v for k, v in model.state_dict().items()}
         model.load_state_dict(state)
@@ -209,8 +215,8 @@ def test_moved_weights_and_loaded_ones_are_noticed():
         ({"model.layers.*.mlp": mmpeft.Bottleneck(size=4)}, "is not a plain"),
     ],
 )
-def test_what_does_not_fit_is_said_and_runs_as_before(plan, why):
-    model = adapted(plan=plan)
+def test_what_does_not_fit_is_said_and_runs_as_before(plan, why, device):
+    model = adapted(llama(device), plan=plan)
     want = run(model)
     out = io.StringIO()
     with mmpeft.compile(model, out=out) as compiled:
@@ -220,9 +226,9 @@ def test_what_does_not_fit_is_said_and_runs_as_before(plan, why):
             compiled.train_step(batch=2, length=7)
 
 
-def test_adapters_on_embedding_and_head_act_beside_the_fused_blocks():
+def test_adapters_on_embedding_and_head_act_beside_the_fused_blocks(device):
     plan = PLAN | {"model.embed_tokens": mmpeft.LoRA(rank=2), "lm_head": mmpeft.LoRA(rank=2)}
-    model = adapted(llama(tie_word_embeddings=False), plan=plan)
+    model = adapted(llama(device, tie_word_embeddings=False), plan=plan)
     want = run(model)
     with quiet(model) as compiled:
         same(run(model), want)
@@ -308,13 +314,13 @@ def test_graphed_replays_on_a_gpu():
     assert len(graphed.captures) == 2
 
 
-def test_a_decoder_alone():
+def test_a_decoder_alone(device):
     torch.manual_seed(0)
-    lm = llama()
+    lm = llama(device)
     decoder = lm.model
     mmpeft.attach(decoder, {"layers.*.self_attn.*_proj": mmpeft.LoRA(rank=2)}, name="a",
-                  example={"input_ids": IDS})  # fmt: skip
-    x = torch.randn(2, 5, 48)
+                  example={"input_ids": IDS.to(device)})  # fmt: skip
+    x = torch.randn(2, 5, 48).to(device)
     with torch.no_grad():
         want = decoder(inputs_embeds=x, use_cache=False)[0]
         with quiet(decoder) as compiled:
@@ -322,8 +328,8 @@ def test_a_decoder_alone():
             assert compiled.decoders[0].calls["fused"] == 1
 
 
-def test_two_active_adapters_are_refused_with_the_remedy():
-    model = adapted(names="ab")
+def test_two_active_adapters_are_refused_with_the_remedy(device):
+    model = adapted(llama(device), names="ab")
     mmpeft.use(model, ["a", "b"])
     assert "needs exactly one active adapter" in str(quiet(model))
     with pytest.raises(Unsupported, match="exactly one"):

@@ -59,10 +59,10 @@ def test_wrong_documents_are_refused():
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2)])
-def test_attention_of_each_document_alone(heads):
+def test_attention_of_each_document_alone(heads, device):
     torch.manual_seed(1)
-    documents = Documents.of_ids(IDS)
-    q, k, v = (torch.randn(2, 11, h, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2))
+    documents = Documents.of_ids(IDS.to(device))
+    q, k, v = (torch.randn(2, 11, h, 8, dtype=torch.float64, device=device, requires_grad=True) for h in (heads[0], *heads[1:] * 2))
     o, kept = attention.forward(q.detach(), k.detach(), v.detach(), 0.3, documents=documents)
     do = torch.randn_like(o)
     grads = attention.backward(do, q.detach(), k.detach(), v.detach(), o, kept, 0.3, documents=documents)
@@ -160,18 +160,18 @@ def test_the_written_out_step_on_packed_rows(device):
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=2e-4, atol=0)
 
 
-def test_compile_takes_a_collators_packing_and_says_so():
+def test_compile_takes_a_collators_packing_and_says_so(device):
     """Positions that begin again at 0, as `MultimodalLM` gives them for packed batches, run on the fused blocks."""
-    model, _ = model_and_adapters(kind="Llama")
+    model, _ = model_and_adapters(device, "Llama")
     mmpeft.attach(model, {"model.layers.*.{self_attn,mlp}.*_proj": mmpeft.LoRA(rank=3)}, name="a")
     for p in model.parameters():
-        p.data += 0.1 * torch.randn(p.shape) if p.requires_grad else 0
-    ids = torch.randint(0, 101, (2, 11))
-    labels = ids.masked_fill(POSITIONS == 0, -100)
+        p.data += 0.1 * torch.randn(p.shape).to(p) if p.requires_grad else 0
+    ids, positions = torch.randint(0, 101, (2, 11)).to(device), POSITIONS.to(device)
+    labels = ids.masked_fill(positions == 0, -100)
 
     def run():
         model.zero_grad()
-        loss = model(input_ids=ids, labels=labels, position_ids=POSITIONS, use_cache=False).loss  # else no mask is made
+        loss = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False).loss  # else no mask is made
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 

@@ -16,16 +16,18 @@ from mmpeft.kernels import dispatch, dora
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(10, 24), (1, 3), (4, 7, 5)])
-def test_norm_of_the_formed_matrix(dtype, shape, monkeypatch):
+def test_norm_of_the_formed_matrix(dtype, shape, device, monkeypatch):
     monkeypatch.setattr(dora, "BLOCK_ROWS", 3)  # a half precision W goes through in several blocks
     *stack, out, into = shape
-    W = torch.randn(shape, dtype=torch.float64).to(dtype)
+    W = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    A, B = torch.randn(*stack, 2, into, dtype=wide), torch.randn(*stack, out, 2, dtype=wide)
+    A, B = (torch.randn(*stack, *s, dtype=wide).to(device) for s in ((2, into), (out, 2)))
     want = (W.double() + 0.7 * B.double() @ A.double()).norm(dim=-1)
     got = dora.row_norm(W, A, B, 0.7)
     assert got.dtype == wide
-    torch.testing.assert_close(got.double(), want, rtol=1e-5 if wide == torch.float32 else 1e-12, atol=0)
+    split = device == "cuda" and dtype == torch.bfloat16 and not stack  # A as two bf16 parts has 16 binary digits, not 24
+    rtol = 3e-5 if split else 1e-5 if wide == torch.float32 else 1e-12
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
 
 
 def test_the_split_of_a_factor_loses_nothing_that_matters():
@@ -40,13 +42,13 @@ def test_the_split_of_a_factor_loses_nothing_that_matters():
     assert (got - exact).norm() < 1e-5 * exact.norm() < (W.float() @ high.float().mT - exact).norm()
 
 
-def build(method=None, seed=0):
+def build(device, method=None, seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 6)).double()
-    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 6)).double().to(device)
+    x = torch.randn(3, 5, 12, dtype=torch.float64).to(device)
     mmpeft.attach(model, {"{0,2}": method or mmpeft.DoRA(rank=3, alpha=6)}, name="a", example=x)
     for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape).double() if p.requires_grad else 0
+        p.data += 0.2 * torch.randn(p.shape).to(p) if p.requires_grad else 0
     return model, x
 
 
@@ -66,8 +68,8 @@ def plainly(model, x):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("start", ["default", "pissa"])
-def test_factored_equals_the_formed_weight(backend, start):
-    model, x = build(mmpeft.DoRA(rank=3, alpha=6, init_from=start))
+def test_factored_equals_the_formed_weight(backend, start, device):
+    model, x = build(device, mmpeft.DoRA(rank=3, alpha=6, init_from=start))
     x.requires_grad_()
     inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
     if start == "default":
@@ -89,8 +91,8 @@ def formed(run):
     return NORMS.formed - before
 
 
-def test_once_a_step():
-    model, x = build()
+def test_once_a_step(device):
+    model, x = build(device)
     optimizer = torch.optim.AdamW(mmpeft.parameter_groups(model, lr=1e-2))
 
     def accumulate():
@@ -108,8 +110,8 @@ def test_once_a_step():
 
 
 @pytest.mark.parametrize("change", ["A", "B", "W", "copy", "pickle", "other weight"])
-def test_a_change_is_seen(change):
-    model, x = build()
+def test_a_change_is_seen(change, device):
+    model, x = build(device)
     model(x)
     owner, delta = pieces(model)[0]
     with torch.no_grad():
@@ -129,8 +131,8 @@ def test_a_change_is_seen(change):
     torch.testing.assert_close(model(x), plainly(model, x), rtol=1e-6, atol=1e-6)
 
 
-def test_inference_mode():
-    model, x = build()
+def test_inference_mode(device):
+    model, x = build(device)
     with torch.inference_mode():
         a = model(x)
     torch.testing.assert_close(a.clone(), plainly(model, x))

@@ -38,16 +38,16 @@ class Net(nn.Module):
         return self.last(self.qkv(x))
 
 
-def build(method, *, names=("a",), seed=0, double=True, width=12):
+def build(method, device, *, names=("a",), seed=0, double=True, width=12):
     torch.manual_seed(seed)
-    model = Net(width).double() if double else Net(width)
-    x = torch.randn(2, 5, width, dtype=torch.float64 if double else torch.float32)
+    dtype = torch.float64 if double else torch.float32
+    model, x = Net(width).to(device, dtype), torch.randn(2, 5, width, dtype=dtype).to(device)
     for name in names:
         mmpeft.attach(model, {"first": method, "qkv[q,v]": method, "last": method}, name=name, example=x)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
+            p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
     return model, x
 
 
@@ -76,16 +76,16 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_factored_method(name, monkeypatch):
-    model, x = build(METHODS[name])
+def test_every_factored_method(name, device, monkeypatch):
+    model, x = build(METHODS[name], device)
     want, found = run(model, x), calls(monkeypatch)
     same(run(model, x, "triton"), want)
     assert len(found) == (0 if name == "ia3-in" else 4)  # column factors stay with torch's operators
 
 
 @pytest.mark.parametrize("use", ["b", ["a", "b"], {"a": 0.3, "b": -0.7}, None])
-def test_every_active_set(use, monkeypatch):
-    model, x = build(METHODS["lora"], names="ab")
+def test_every_active_set(use, device, monkeypatch):
+    model, x = build(METHODS["lora"], device, names="ab")
     with mmpeft.use(model, use):
         with dispatch.backend("reference"):
             want = model(x)
@@ -95,8 +95,8 @@ def test_every_active_set(use, monkeypatch):
     assert len(found) == (0 if use is None else 4)
 
 
-def test_merged_and_stacked():
-    model, x = build(METHODS["lora"], names="ab")
+def test_merged_and_stacked(device):
+    model, x = build(METHODS["lora"], device, names="ab")
     mmpeft.use(model, ["a", "b"])
     mmpeft.merge(model, "a")
     with torch.no_grad():
@@ -112,10 +112,10 @@ def test_merged_and_stacked():
             torch.testing.assert_close(model(x), want)
 
 
-def test_hf_conv1d():
+def test_hf_conv1d(device):
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
     torch.manual_seed(0)
-    model, x = nn.Sequential(conv(7, 12)).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    model, x = nn.Sequential(conv(7, 12)).to(device).double(), torch.randn(2, 5, 12, dtype=torch.float64).to(device)
     mmpeft.attach(model, {"0": METHODS["dora"]}, example=x)
     for p in model.parameters():
         p.data += 0.1
@@ -123,10 +123,10 @@ def test_hf_conv1d():
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
-def test_dropout_is_redrawn_in_the_backward_and_by_checkpointing(name):
+def test_dropout_is_redrawn_in_the_backward_and_by_checkpointing(name, device):
     """A finite difference sees the mask of the forward; recomputation draws the same one."""
     method = {"lora": mmpeft.LoRA(rank=3, dropout=0.4), "dora": mmpeft.DoRA(rank=3, dropout=0.4)}[name]
-    model, x = build(method)
+    model, x = build(method, device)
     model.train()
     x = x.requires_grad_()
     p = next(p for n, p in model.named_parameters() if p.requires_grad and n.endswith("B"))
@@ -144,7 +144,7 @@ def test_dropout_is_redrawn_in_the_backward_and_by_checkpointing(name):
         for a, b in zip(again, (dx, dp), strict=True):
             torch.testing.assert_close(a, b)
         if name == "lora":  # DoRA's gradient takes its norm for a constant, so it is no derivative
-            step = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(2)) * 1e-3
+            step = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(2)).to(p) * 1e-3
             with torch.no_grad():
                 high, low = (p.add_(sign * step) is not None and loss() for sign in (1, -2))
             torch.testing.assert_close((high - low) / 2, (dp * step).sum(), rtol=1e-3, atol=1e-4)
@@ -154,31 +154,31 @@ def test_dropout_is_redrawn_in_the_backward_and_by_checkpointing(name):
         torch.testing.assert_close(model(x), model(x))
 
 
-def test_dropout_keeps_what_it_says():
-    model = nn.Sequential(nn.Linear(400, 1, bias=False))
-    mmpeft.attach(model, {"0": mmpeft.LoRA(rank=1, dropout=0.25)}, example=torch.randn(2, 400))
+def test_dropout_keeps_what_it_says(device):
+    model = nn.Sequential(nn.Linear(400, 1, bias=False)).to(device)
+    mmpeft.attach(model, {"0": mmpeft.LoRA(rank=1, dropout=0.25)}, example=torch.randn(2, 400, device=device))
     model[0]._parameters["weight"].data.zero_()  # the attribute shows W + B A
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.data.fill_(1.0 if name.endswith("B") else 0.01)
     model.train()
     with dispatch.backend("triton"):
-        y = model(torch.ones(200, 400)) / 4  # the kept share of each row
+        y = model(torch.ones(200, 400, device=device)) / 4  # the kept share of each row
     kept = y * 0.75
     assert abs(kept.mean() - 0.75) < 4 * (0.25 * 0.75 / 80_000) ** 0.5
     assert 0.6 < float(kept.std() / (0.25 * 0.75 / 400) ** 0.5) < 1.5
 
 
-def test_autocast_and_packed_base():
-    model, x = build(METHODS["lora"], double=False, width=128)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_and_packed_base(device):
+    model, x = build(METHODS["lora"], device, double=False, width=128)
+    with torch.autocast(device, torch.bfloat16):
         got, want = run(model, x, "triton"), run(model, x)
     assert got[0].dtype == torch.bfloat16
     for a, b in zip([got[0], *got[1]], [want[0], *want[1]], strict=True):
         assert (a - b).norm() < 2e-2 * b.norm()
-    model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(64, 32)).to(device).requires_grad_(False)
     mmpeft.quantise(model, "0", NF4())
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=device)
     mmpeft.attach(model, {"0": mmpeft.LoRA(rank=2)}, example=x)
     for p in model.parameters():
         if p.requires_grad:
@@ -187,20 +187,20 @@ def test_autocast_and_packed_base():
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
-def test_one_graph(name):
+def test_one_graph(name, device):
     torch._dynamo.reset()
-    model, x = build(METHODS[name])
+    model, x = build(METHODS[name], device)
     want = run(model, x)
     same(run(torch.compile(model, fullgraph=True, backend="aot_eager"), x, "triton"), want)
     torch._dynamo.reset()
-    model, x = build(METHODS[name], double=False)  # and by itself on CPU, where the reference is taken
+    model, x = build(METHODS[name], device, double=False)  # and by itself: in fp32 torch's own operators are taken
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
-def test_torch_func_and_a_trained_base_are_left_to_torch(monkeypatch):
-    model, x = build(METHODS["lora"])
+def test_torch_func_and_a_trained_base_are_left_to_torch(device, monkeypatch):
+    model, x = build(METHODS["lora"], device)
     found = calls(monkeypatch)
     with dispatch.backend("triton"):
         torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
@@ -212,7 +212,7 @@ def test_torch_func_and_a_trained_base_are_left_to_torch(monkeypatch):
 
 
 def test_the_log_says_once_that_references_run(caplog):
-    model, x = build(METHODS["lora"])
+    model, x = build(METHODS["lora"], "cpu")
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, "mmpeft.kernels"):
         model(x)

@@ -76,16 +76,16 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_the_engine_mixes_adapters_by_it(stacked, monkeypatch):
+def test_the_engine_mixes_adapters_by_it(stacked, device, monkeypatch):
     from mmpeft.adapters import forward
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6)).eval()
-    x = torch.randn(5, 3, 12)
+    model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6)).eval().to(device)
+    x = torch.randn(5, 3, 12).to(device)
     for i, name in enumerate("abc"):
         mmpeft.attach(model, {"{0,2}": mmpeft.LoRA(rank=2 + i, alpha=4)}, name=name, example=x)
     for p in model.parameters():
-        p.data += 0.3 * torch.randn(p.shape) if p.requires_grad else 0
+        p.data += 0.3 * torch.randn(p.shape).to(p) if p.requires_grad else 0
     rows, want = ["a", None, "c", "b", "a"], []
     with torch.no_grad():
         for i, name in enumerate(rows):

@@ -22,24 +22,25 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "n
 IDS = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-def adapted(what, dense=False, method=mmpeft.LoRA, kind="Qwen2", **sizes):
+def adapted(what, device, dense=False, method=mmpeft.LoRA, kind="Qwen2", **sizes):
     """The quantised model, or its dequantised values kept dense, with the same adapter."""
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES | sizes))
-    mmpeft.quantise(model, what)
+    mmpeft.quantise(model.to(device), what)
     if dense:
         dequantise(model)
     mmpeft.attach(model, {"model.layers.*.{self_attn,mlp}.*_proj": method(rank=3, alpha=6)}, name="a")
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            p.data += 0.15 * torch.randn(p.shape, generator=generator)
+            p.data += 0.15 * torch.randn(p.shape, generator=generator).to(p)
     return model
 
 
 def run(model):
     model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    ids = IDS.to(model.device)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -60,9 +61,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("what", "says", "method", "backend", "sizes"), CASES, ids=["nf4", "int8+dora", "fp8", "mixed"])
-def test_loss_and_gradients_of_the_dense_values(what, says, method, backend, sizes):
-    want = run(adapted(what, dense=True, method=method, **sizes))
-    model, out = adapted(what, method=method, **sizes), io.StringIO()
+def test_loss_and_gradients_of_the_dense_values(what, says, method, backend, sizes, device):
+    want = run(adapted(what, device, dense=True, method=method, **sizes))
+    model, out = adapted(what, device, method=method, **sizes), io.StringIO()
     before = {n: p for n, p in model.named_parameters() if isinstance(p, PackedWeight)}
     with dispatch.backend(backend), mmpeft.compile(model, out=out) as compiled:
         assert f"{says} made dense a group at a time" in out.getvalue()
@@ -79,8 +80,8 @@ def test_loss_and_gradients_of_the_dense_values(what, says, method, backend, siz
     assert before and all(after[n] is p for n, p in before.items())
 
 
-def test_a_checkpoint_loaded_into_packed_weights_is_seen():
-    model = adapted({"model.layers": "fp8"})
+def test_a_checkpoint_loaded_into_packed_weights_is_seen(device):
+    model = adapted({"model.layers": "fp8"}, device)
     with mmpeft.compile(model, out=io.StringIO()) as compiled:
         first = run(model)
         model.load_state_dict({k: v * 1.5 if "gate_proj.weight" in k else v for k, v in model.state_dict().items()})
@@ -90,19 +91,23 @@ def test_a_checkpoint_loaded_into_packed_weights_is_seen():
 
 
 def test_a_packed_head_is_refused_with_its_reason():
-    model = adapted({"model.layers": "nf4", "lm_head": "int8"}, tie_word_embeddings=False)
+    model = adapted({"model.layers": "nf4", "lm_head": "int8"}, "cpu", tie_word_embeddings=False)
     out = io.StringIO()
     with mmpeft.compile(model, out=out):
         assert "embedding or head is kept in few bits" in out.getvalue()
 
 
-def test_a_group_is_that_of_its_dense_weights():
+def test_a_group_is_that_of_its_dense_weights(device):
     torch.manual_seed(3)
-    Ws, biases = [torch.randn(n, 24) for n in (37, 5)], [None, torch.randn(5)]
+
+    def make(*shape):
+        return torch.randn(*shape).to(device)
+
+    Ws, biases = [make(n, 24) for n in (37, 5)], [None, make(5)]
     dense, ring = PackedGroup(Ws, biases, [3, 0], [0.7, 1.0]), Ring()
-    other = StoredGroup([Stored.of(torch.randn(90, 30))], None, [16], [1.0], ring=ring)
+    other = StoredGroup([Stored.of(make(90, 30))], None, [16], [1.0], ring=ring)
     group = StoredGroup([Stored.of(w) for w in Ws], biases, [3, 0], [0.7, 1.0], ring=ring)
-    A, B = torch.randn(3, 24), torch.randn(37, 3)
+    A, B = make(3, 24), make(37, 3)
     for g in (dense, group):
         g.refresh([A, None], [B, None])
     for _ in range(2):
@@ -111,9 +116,9 @@ def test_a_group_is_that_of_its_dense_weights():
         for name in ("forward_weight", "backward_weight", "W", "A", "B", "bias"):
             assert torch.equal(getattr(group, name), getattr(dense, name)), name
     with pytest.raises(ConfigError, match="ring that is in use"):
-        StoredGroup([Stored.of(torch.randn(900, 30))], None, [16], [1.0], ring=ring)
+        StoredGroup([Stored.of(make(900, 30))], None, [16], [1.0], ring=ring)
     with pytest.raises(ConfigError, match="shares its input"):
-        StoredGroup([Stored.of(torch.randn(4, n)) for n in (3, 4)], None, [1, 1], [1.0, 1.0], ring=Ring())
+        StoredGroup([Stored.of(make(4, n)) for n in (3, 4)], None, [1, 1], [1.0, 1.0], ring=Ring())
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "int8", "fp8"])

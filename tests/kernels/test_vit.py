@@ -68,18 +68,19 @@ def test_plain_linears(backend, device, kind, bias):
     assert Plain(weights[:1], biases[:1]).W is weights[0]  # one linear is used where it lies
 
 
-def vit(plan, names=("a",), **more):
+def vit(plan, device, names=("a",), **more):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=5, **more)
     for p in model.parameters():
         p.data = 0.2 * torch.randn_like(p) + (1.0 if p.ndim == 1 else 0.0)
-    x = torch.randn(3, 3, 32, 32)
+    x = torch.randn(3, 3, 32, 32).to(device)
+    model = model.to(device)
     for name in names:
         mmpeft.attach(model, plan, name=name, check=False)
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+            p.data = 0.3 * torch.randn(p.shape, generator=generator).to(p)
     mmpeft.use(model, names[0])
     return model, x
 
@@ -103,8 +104,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_output_and_every_gradient(backend, plan):
-    model, x = vit(PLANS[plan])
+def test_output_and_every_gradient(backend, device, plan):
+    model, x = vit(PLANS[plan], device)
     with dispatch.backend("reference"):
         want = run(model, x)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -120,8 +121,8 @@ def test_output_and_every_gradient(backend, plan):
     assert all(torch.equal(v, before[k]) and v.is_contiguous() for k, v in model.state_dict().items())
 
 
-def test_switch_base_dropout_and_training():
-    model, x = vit({k: mmpeft.LoRA(rank=3, dropout=0.3) for k in PLANS["all"]}, names="ab")
+def test_switch_base_dropout_and_training(device):
+    model, x = vit({k: mmpeft.LoRA(rank=3, dropout=0.3) for k in PLANS["all"]}, device, names="ab")
     with torch.no_grad():
         wanted = {}
         for use in ("a", "b", None):
@@ -151,8 +152,8 @@ def test_switch_base_dropout_and_training():
         assert float(model(x).square().sum()) < curve[2]
 
 
-def test_a_broken_backward_is_seen(monkeypatch):
-    model, x = vit(PLANS["all"])
+def test_a_broken_backward_is_seen(device, monkeypatch):
+    model, x = vit(PLANS["all"], device)
     want = run(model, x)
     whole = fused_ops.layernorm_backward
     monkeypatch.setattr(fused_ops, "layernorm_backward", lambda dn, x, m, r, w, b, g, out, n: whole(
@@ -170,8 +171,8 @@ def test_a_broken_backward_is_seen(monkeypatch):
         ({"blocks.*.norm1": "full", "blocks.*.attn.qkv": mmpeft.LoRA(rank=2)}, {}, "full is not a plain"),
     ],
 )
-def test_what_does_not_fit_runs_as_before(plan, more, why):
-    model, x = vit(plan, **more)
+def test_what_does_not_fit_runs_as_before(plan, more, why, device):
+    model, x = vit(plan, device, **more)
     want = run(model, x)
     compiled = quiet(model)
     assert why in str(compiled) and not compiled.stacks
@@ -184,8 +185,8 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("change", ["scaled", "gelu"])
-def test_a_function_that_differs_is_refused(change):
-    model, x = vit(PLANS["all"])
+def test_a_function_that_differs_is_refused(change, device):
+    model, x = vit(PLANS["all"], device)
     if change == "scaled":
         model.blocks[1].ls2 = Twice()  # no parameter tells: only the comparison sees it
     else:

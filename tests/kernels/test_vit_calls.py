@@ -23,8 +23,8 @@ from .vit_kit import (
 )
 
 
-def test_hidden_states_attentions_and_hooks():
-    model, x = adapted(siglip)
+def test_hidden_states_attentions_and_hooks(device):
+    model, x = adapted(siglip, device)
     with torch.no_grad():
         wanted = model(x, output_hidden_states=True).hidden_states
         compiled = quiet(model)
@@ -46,8 +46,8 @@ def test_hidden_states_attentions_and_hooks():
         assert len(attentions) == 3 and "called with output_attentions" in stack.reasons
 
 
-def test_a_hook_on_a_block_of_a_sequential_sees_the_block():
-    model, x = adapted(timm_scaled)
+def test_a_hook_on_a_block_of_a_sequential_sees_the_block(device):
+    model, x = adapted(timm_scaled, device)
     seen = []
     model.blocks[1].register_forward_hook(lambda m, args, y: seen.append(y.detach()))
     want = run(model, x)
@@ -76,8 +76,8 @@ def test_ragged_pictures_of_siglip2():
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_checkpointing_goes_to_the_blocks_own_forward():
-    model, x = adapted(siglip)
+def test_checkpointing_goes_to_the_blocks_own_forward(device):
+    model, x = adapted(siglip, device)
     want = run(model, x)
     compiled = quiet(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -88,11 +88,11 @@ def test_checkpointing_goes_to_the_blocks_own_forward():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_around_single_blocks(reentrant):
+def test_checkpoints_around_single_blocks(reentrant, device):
     from torch.utils.checkpoint import checkpoint
 
-    model, _ = adapted(siglip)
-    x = torch.randn(2, 7, 24, requires_grad=True)
+    model, _ = adapted(siglip, device)
+    x = torch.randn(2, 7, 24).to(device).requires_grad_()
     blocks = model.encoder.layers
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -112,15 +112,15 @@ def test_checkpoints_around_single_blocks(reentrant):
         assert (a - b).norm() <= 5e-4 * b.norm()
 
 
-def test_masks_and_dropout_of_the_blocks_own():
-    model, _ = adapted(siglip)
-    x, layer = torch.randn(2, 7, 24), model.encoder.layers[1]
-    mask = torch.zeros(2, 1, 7, 7).masked_fill(torch.arange(7) > 4, float("-inf"))
+def test_masks_and_dropout_of_the_blocks_own(device):
+    model, _ = adapted(siglip, device)
+    x, layer = torch.randn(2, 7, 24).to(device), model.encoder.layers[1]
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(torch.arange(7) > 4, float("-inf")).to(device)
     want = layer(x, mask).detach()
     compiled = quiet(model)
     torch.testing.assert_close(layer(x, mask).detach(), want)
     assert compiled.stacks[0].reasons == {"called with attention_mask"}
-    model, _ = adapted(vit)
+    model, _ = adapted(vit, device)
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.5
@@ -132,8 +132,8 @@ def test_masks_and_dropout_of_the_blocks_own():
     assert "dropout of its own in training" in compiled.stacks[0].reasons
 
 
-def test_switching_dropout_and_training():
-    model, x = adapted(siglip, names="ab", dropout=0.3)
+def test_switching_dropout_and_training(device):
+    model, x = adapted(siglip, device, names="ab", dropout=0.3)
     with torch.no_grad():
         wanted = {}
         for use in "ab":
@@ -159,8 +159,8 @@ def test_switching_dropout_and_training():
     assert curve[2] < curve[1] < curve[0]
 
 
-def test_loaded_biases_are_noticed():
-    model, x = made(siglip)
+def test_loaded_biases_are_noticed(device):
+    model, x = made(siglip, device)
     compiled = quiet(model)
     model.load_state_dict({k: v + 0.3 if "q_proj.bias" in k else v for k, v in model.state_dict().items()})
     with torch.no_grad():
@@ -170,9 +170,9 @@ def test_loaded_biases_are_noticed():
         torch.testing.assert_close(fused, tokens(model, x), rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_attached_after_compile_acts():
+def test_an_adapter_attached_after_compile_acts(device):
     for builder in (siglip, timm_scaled):
-        model, x = made(builder)
+        model, x = made(builder, device)
         compiled = quiet(model)
         before = tokens(model, x)
         mmpeft.attach(model, {MODELS[builder]: mmpeft.LoRA(rank=2)}, check=False)

@@ -13,8 +13,8 @@ from .vit_kit import MODELS, adapted, clip, dinov2, made, quiet, run, same, sigl
 
 
 @pytest.mark.parametrize("builder", MODELS)
-def test_a_frozen_tower(builder):
-    model, x = made(builder)
+def test_a_frozen_tower(builder, device):
+    model, x = made(builder, device)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     want = run(model, x)
     compiled = quiet(model)
@@ -35,8 +35,8 @@ def test_a_frozen_tower(builder):
 
 
 @pytest.mark.parametrize("builder", MODELS)
-def test_output_and_every_gradient_with_adapters(builder):
-    model, x = adapted(builder)
+def test_output_and_every_gradient_with_adapters(builder, device):
+    model, x = adapted(builder, device)
     want = run(model, x)
     compiled = quiet(model)
     assert "3 fused ViT blocks, adapter 'a'" in str(compiled)
@@ -50,8 +50,8 @@ def test_output_and_every_gradient_with_adapters(builder):
     same(run(model, x), want)
 
 
-def test_the_kernels(backend):
-    model, x = adapted(clip)
+def test_the_kernels(backend, device):
+    model, x = adapted(clip, device)
     with dispatch.backend("reference"):
         want = run(model, x[:1])
     quiet(model)
@@ -59,9 +59,9 @@ def test_the_kernels(backend):
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "quick_gelu", "gelu_pytorch_tanh", "gelu_fast"])
-def test_the_activation_is_told_by_what_it_computes(act):
+def test_the_activation_is_told_by_what_it_computes(act, device):
     kind = {"gelu": "none", "quick_gelu": "quick"}.get(act, "tanh")
-    model, x = made(lambda: siglip(act))
+    model, x = made(lambda: siglip(act), device)
     assert parts_of(model.encoder.layers[0], "0", set()).gelu == kind
     with torch.no_grad():
         want = tokens(model, x)
@@ -71,10 +71,10 @@ def test_the_activation_is_told_by_what_it_computes(act):
 
 @pytest.mark.parametrize("plan", [None, MODELS[siglip]])
 @pytest.mark.parametrize("layer", [-1, -2, 0])
-def test_the_encoder_at_another_layer(tmp_path, layer, plan):
+def test_the_encoder_at_another_layer(tmp_path, layer, plan, device):
     siglip().config.save_pretrained(tmp_path)
-    encoder = load_encoder(f"random:hf:{tmp_path}", layer=layer, image_size=20)
-    x = torch.randn(2, 3, 20, 20)
+    encoder = load_encoder(f"random:hf:{tmp_path}", layer=layer, image_size=20).to(device)
+    x = torch.randn(2, 3, 20, 20).to(device)
     if plan is not None:
         mmpeft.attach(encoder, {f"backbone.{plan}": mmpeft.LoRA(rank=2)}, check=False)
         for p in encoder.parameters():
@@ -88,13 +88,52 @@ def test_the_encoder_at_another_layer(tmp_path, layer, plan):
     torch.testing.assert_close(encoder(x)[0], want)
 
 
-def test_timm_encoders_run_block_by_block():
-    encoder = load_encoder("random:timm:vit_tiny_patch16_224", layer=2, image_size=32)
-    x = torch.randn(2, 3, 32, 32)
+def test_timm_encoders_run_block_by_block(device):
+    encoder = load_encoder("random:timm:vit_tiny_patch16_224", layer=2, image_size=32).to(device)
+    x = torch.randn(2, 3, 32, 32).to(device)
     want = encoder(x)[0]
     with quiet(encoder) as compiled:
         torch.testing.assert_close(encoder(x)[0], want, rtol=1e-4, atol=1e-4)
         assert compiled.stacks[0].calls == {"fused": 3, "own": 0}
+
+
+class Nested(nn.Module):
+    """A block in BERT's layout, as transformers 5.17 has DINOv2: q, k, v one module deeper, the output under another."""
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.ModuleDict({
+            "attention": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
+            "output": nn.ModuleDict({"dense": nn.Linear(width, width)}),
+        })  # fmt: skip
+        self.attention["attention"].num_attention_heads = heads
+        self.mlp = nn.Sequential()
+        for name, part in (("fc1", nn.Linear(width, 40)), ("activation", nn.GELU()), ("fc2", nn.Linear(40, width))):
+            self.mlp.add_module(name, part)
+
+    def forward(self, x):
+        inner, n = self.attention["attention"], self.norm1(x)
+        q, k, v = (m(n).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2) for m in inner.values())
+        o = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attention["output"]["dense"](o)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("plan", [None, "*.{attention,mlp}.**.{query,value,dense,fc1,fc2}"])
+def test_attention_one_module_deeper(device, plan):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Nested(), Nested()).requires_grad_(False).to(device), torch.randn(2, 7, 24).to(device)
+    if plan is not None:
+        mmpeft.attach(model, {plan: mmpeft.LoRA(rank=2)}, example=x)
+        for p in model.parameters():
+            p.data += 0.2 * torch.randn_like(p) if p.requires_grad else 0
+    want = run(model, x)
+    with quiet(model) as compiled:
+        same(run(model, x), want)
+        assert compiled.stacks[0].calls == {"fused": 1, "own": 0}
+        assert plan is None or len(compiled.stacks[0].fused.masters) == 2 * 2 * 5
+    same(run(model, x), want)
 
 
 class Twice(nn.Module):

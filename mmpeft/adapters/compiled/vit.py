@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECORDERS = "transformers.utils.output_capturing"  # its hooks stay on for good, and read attentions only when asked to
 TOKENS = ("hidden_states", "input", "output_hidden_states")  # names of tokens, and what hooks outside of a block read
-NOISE = ("p", "drop_prob", "dropout", "attention_dropout")  # attributes that act in training where they are not 0
+NOISE = ("p", "drop_prob", "dropout", "dropout_prob", "attention_dropout")  # attributes that act in training where they are not 0
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
