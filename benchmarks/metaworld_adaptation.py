@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.metaworld_program import program
 from benchmarks.metaworld_rows import (
     BLOCKS,
     RESULTS,
@@ -25,7 +26,6 @@ from benchmarks.metaworld_rows import (
     clone,
     evaluate,
     pooled,
-    program,
     rules,
     scores,
     sizes,
@@ -34,7 +34,7 @@ from benchmarks.metaworld_rows import (
 from mmpeft.policies.envs.sentences import VISION_TASKS
 
 OUT = RESULTS / "metaworld_adaptation.jsonl"
-LOOKS = (("camera", 0.08), ("light", 0.4), ("colour", 0.4), ("seed", 5.0))  # one other world, all three together
+LOOKS = (("camera", 0.08), ("light", 0.4), ("colour", 0.4), ("seed", 5))  # one other world, all three together
 NEW: dict[str, tuple[tuple[str, ...], tuple[tuple[str, float], ...]]] = {
     "shifted": (("push-v3", "pick-place-v3", "coffee-pull-v3", "reach-v3"), LOOKS),
     "sweep-into": (("sweep-into-v3",), ()),
@@ -82,11 +82,11 @@ def adapt(row: Row) -> dict[str, Any]:
     mmpeft.attach(policy, rules(plan_of(row.arm)), "new")
     mmpeft.use(policy, ["old", "new"])
     mmpeft.trainable(policy, ["old", "new"] if row.arm == "full" else ["new"])
-    seconds = train(row, policy, None, adapter="new")
+    training = train(row, policy, None, adapter="new")
     old = dataclasses.replace(
         row, tasks=VISION_TASKS if row.episodes > 1 else row.tasks, shift=(), episodes=min(OLD_EPISODES, row.episodes)
     )
-    found = scores(evaluate(row, policy)) | {"train_seconds": round(seconds, 1), **sizes(policy)}
+    found = scores(evaluate(row, policy)) | training | sizes(policy)
     found["old_on"] = counts(evaluate(old, policy))
     if row.arm != "full":
         with mmpeft.use(policy, "old"):

@@ -1,26 +1,18 @@
-"""What the Metaworld tables share: a row is one training and its evaluation; rows run side by side on one accelerator.
-
-    run(rows, "benchmarks/results/metaworld_vision.jsonl", processes=8)
+"""What the Metaworld tables share: a row is one training and its evaluation, and what a table says of its rows.
 
 A row goes the way a user's run goes: `Demonstrations`, `ControlData`, `ControlTask`, a Lightning `Trainer`, `rollout`.
-Each finished row is a JSON line with date and device; a row that has its line is not run again, so a table grows run
-by run. Demonstrations are recorded and drawn once, before any training, by all cores. Seeds: demonstrations take the
-expert's 0, 1, 2, ...; settings are chosen on `TUNE`; what is reported is played on `FRESH`, where nothing was chosen.
+Seeds: demonstrations take the expert's 0, 1, 2, ...; settings are chosen on `TUNE`; what is reported is played on
+`FRESH`, where nothing was chosen. `metaworld_program` runs the rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import dataclasses
-import json
-import multiprocessing
 import os
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +57,7 @@ class Row:
     size: int = 96
     demonstrations: int = 50
     steps: int = 2000
+    budget: float = 0  # seconds of training at most, its preparations included; 0: however long the steps take
     batch: int = 64
     lr: float = 1e-3
     width: int = 256
@@ -98,39 +91,6 @@ def env_of(task: str) -> str:
     return f"metaworld:{task}"
 
 
-# ---- once, before the rows -------------------------------------------------------------------------------------------
-
-
-def prepare(rows: Sequence[Row], processes: int) -> None:
-    """Record and draw what the rows need: a process a task."""
-    needed: dict[str, int] = {}
-    looks: dict[tuple[str, str], tuple[str, dict[str, Any], int]] = {}
-    for row in rows:
-        for task in row.tasks:
-            needed[task] = max(needed.get(task, 0), row.demonstrations)
-            if row.arm != "blind":
-                key = (task, json.dumps(row.look, sort_keys=True))
-                count = max(row.demonstrations, looks[key][2] if key in looks else 0)
-                looks[key] = (task, row.look, count)
-    with _pool(processes) as pool:
-        list(pool.map(_record, needed.items()))
-        list(pool.map(_draw, looks.values()))
-
-
-def _record(given: tuple[str, int]) -> None:
-    from mmpeft.data.demos import collect
-
-    task, count = given
-    collect(env_of(task), folder=folder_of(task), episodes=count, noise=0.3)
-
-
-def _draw(given: tuple[str, dict[str, Any], int]) -> None:
-    from mmpeft.data.demos import Demonstrations
-
-    task, look, count = given
-    Demonstrations(folder_of(task), episodes=count, **look).render()
-
-
 # ---- one row ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,26 +116,35 @@ def demonstrations_of(row: Row) -> Any:
     return Demonstrations([folder_of(t) for t in row.tasks], episodes=row.demonstrations, wording="train", **seen)
 
 
-def train(row: Row, policy: Any, plan: Any, *, adapter: str = "default", cached: bool = True) -> float:
-    """Clone the demonstrations; gives the seconds of training. `plan` None: `adapter` is attached already."""
+def train(row: Row, policy: Any, plan: Any, *, adapter: str = "default", cached: bool = True) -> dict[str, Any]:
+    """Clone the demonstrations; gives steps and seconds of training. `plan` None: `adapter` is attached already."""
     import lightning.pytorch as lightning
 
-    from mmpeft.tasks import ControlData, ControlTask
+    from mmpeft.tasks import BudgetedSteps, ControlData, ControlTask
 
     lightning.seed_everything(row.seed, verbose=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if policy.encoder is not None:
+        policy.encoder.to(device)  # the prefix cache is filled before Lightning would move it
+    demonstrations = demonstrations_of(row)
+    if row.arm != "blind":
+        demonstrations.render()  # opens every picture, for the loader's processes to inherit
     data = ControlData(
-        demonstrations_of(row), batch_size=row.batch, seed=row.seed, workers=row.workers,
+        demonstrations, batch_size=row.batch, seed=row.seed, workers=row.workers,
         cache=str(RUNS / "prefix") if cached and row.arm not in ("blind", "full", "scratch") else None,
     )  # fmt: skip
     task = ControlTask(policy, None if plan is None else rules(plan), lr=row.lr, adapter=adapter)
+    limit = BudgetedSteps(row.budget, measure=60, max_steps=row.steps) if row.budget else None
     trainer = lightning.Trainer(
-        accelerator="auto", devices=1, max_epochs=-1, max_steps=row.steps, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, default_root_dir=str(RUNS),
+        accelerator="auto", devices=1, max_epochs=-1, max_steps=-1 if limit else row.steps,
+        max_time=timedelta(seconds=row.budget) if limit else None, callbacks=[limit] if limit else [],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        gradient_clip_val=1.0, default_root_dir=str(RUNS),
     )  # fmt: skip
     began = time.perf_counter()
     trainer.fit(task, datamodule=data)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return time.perf_counter() - began
+    policy.to(device).eval()
+    return {"trained_steps": trainer.global_step, "train_seconds": round(time.perf_counter() - began, 1)}
 
 
 def evaluate(row: Row, policy: Any, *, tasks: Sequence[str] | None = None, **changed: Any) -> Any:
@@ -185,12 +154,13 @@ def evaluate(row: Row, policy: Any, *, tasks: Sequence[str] | None = None, **cha
     options = {"max_steps": row.max_steps, **({} if row.arm == "blind" else row.look), **changed}
     envs = [env_of(t) for t in (tasks or row.tasks)]
     seeds = range(row.first, row.first + row.episodes)
-    return rollout(policy, env=envs, seeds=seeds, options=options, num_envs=simulators())
+    return rollout(policy, env=envs, seeds=seeds, options=options, **simulators())
 
 
-def simulators() -> int:
-    """Simulators of one row: a share of the cores."""
-    return max(1, (os.cpu_count() or 2) // int(os.environ.get("METAWORLD_PROCESSES", "1")))
+def simulators() -> dict[str, Any]:
+    """Simulators of one row: a process for each of its cores; with a core to itself a few take turns, seen as a batch."""
+    cores = (os.cpu_count() or 2) // int(os.environ.get("METAWORLD_PROCESSES", "1"))
+    return {"num_envs": cores if cores > 1 else 5, "asynchronous": cores > 1}
 
 
 def clone(row: Row) -> dict[str, Any]:
@@ -198,9 +168,9 @@ def clone(row: Row) -> dict[str, Any]:
     from mmpeft.policies import save_policy
 
     policy = make_policy(row)
-    seconds = train(row, policy, WHOLE | plans(row.taps)[row.arm])
+    training = train(row, policy, WHOLE | plans(row.taps)[row.arm])
     save_policy(policy, RUNS / "adapters" / row.name.replace("/", "_"), metadata={"row": dataclasses.asdict(row)})
-    return scores(evaluate(row, policy)) | {"train_seconds": round(seconds, 1), **sizes(policy)}
+    return scores(evaluate(row, policy)) | training | sizes(policy)
 
 
 def sizes(policy: Any) -> dict[str, int]:
@@ -218,54 +188,14 @@ def scores(result: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- many rows -------------------------------------------------------------------------------------------------------
-
-
-def run(rows: Iterable[Row], out: Path, *, processes: int, work: Any = clone, tiny: bool = False) -> list[dict[str, Any]]:
-    """Run the rows that have no line in `out` yet, `processes` at a time; gives all lines."""
-    rows = [smaller(r) for r in rows] if tiny else list(rows)
-    known = {line["name"] for line in read(out)}
-    todo = [r for r in rows if r.name not in known]
-    os.environ["METAWORLD_PROCESSES"] = str(processes)
-    began = time.perf_counter()
-    prepare(todo, os.cpu_count() or 2)
-    print(f"{len(todo)} rows to run, {len(rows) - len(todo)} known; prepared in {time.perf_counter() - began:.0f} s", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _pool(processes) as pool:
-        waiting = {pool.submit(_one, work, row): row for row in todo}
-        for done in concurrent.futures.as_completed(waiting):
-            line = done.result()
-            if "error" in line:
-                print(f"{line['name']}: FAILED\n{line['error']}", flush=True)
-                continue
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{line['name']}: {line['success']:.2f} {line['interval']}, {line['seconds']:.0f} s", flush=True)
-    return read(out)
-
-
-def _one(work: Any, row: Row) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    about = {
-        **dataclasses.asdict(row), "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
-    }  # fmt: skip
-    try:
-        return about | work(row) | {"seconds": round(time.perf_counter() - began, 1)}
-    except Exception:  # the other rows go on
-        return about | {"error": traceback.format_exc()}
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def smaller(row: Row) -> Row:
     """A row of seconds on a CPU, to see that everything runs."""
     return dataclasses.replace(
-        row, tasks=row.tasks[:2], demonstrations=2, steps=3, batch=8, episodes=1, max_steps=12, workers=0
+        row, tasks=row.tasks[:2], demonstrations=2, steps=3, batch=8, episodes=1, max_steps=12, workers=min(row.workers, 1)
     )
+
+
+# ---- what a table says of rows ----------------------------------------------------------------------------------------
 
 
 def paired(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> tuple[int, int, float]:
@@ -288,31 +218,3 @@ def pooled(lines: Sequence[dict[str, Any]]) -> str:
         return "-"
     low, high = wilson_interval(won, of)
     return f"{won}/{of} {won / of:.2f} ({low:.2f}-{high:.2f})"
-
-
-def arguments(text: str | None) -> argparse.ArgumentParser:
-    """Options of every table."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=8, help="rows at a time")
-    parser.add_argument("--only", help="rows whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON lines; default benchmarks/results/<table>.jsonl")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, run nothing")
-    parser.add_argument("--tiny", action="store_true", help="seconds on a CPU: does everything run?")
-    return parser
-
-
-def program(
-    text: str | None, rows: Iterable[Row], default: Path, *, work: Callable[[Row], dict[str, Any]],
-    table: Callable[[list[dict[str, Any]]], str],
-) -> None:  # fmt: skip
-    """A table's command line: run its rows with `work`, unless told not to, and print the table."""
-    given = arguments(text).parse_args()
-    out = given.out or default
-    if not given.table:
-        chosen = [r for r in rows if (not given.only or given.only in r.name) and (r.seed == 1 or not given.tiny)]
-        run(chosen, out, processes=given.processes, work=work, tiny=given.tiny)
-    print(table(read(out)))
-
-
-def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))

@@ -1,19 +1,21 @@
 """Where do adapters in the vision tower pay? One policy a task, six ways to treat the encoder, two places to read it.
 
     python -m benchmarks.metaworld_vision                 # coffee-pull and push, three training seeds
+    python -m benchmarks.metaworld_vision --tune          # the same after choosing each arm's learning rate
     python -m benchmarks.metaworld_vision --ten           # with 10 demonstrations
     python -m benchmarks.metaworld_vision --where         # bottom, middle, top; prompts do not apply to a convolutional net
     python -m benchmarks.metaworld_vision --table
 
-The question of "Lossless adaptation of pretrained vision models" (Sharma et al. 2023, arXiv 2304.06600). Each arm's
-learning rate is chosen among `RATES` with training seed 0 on tuning seeds; reported runs use seeds 1 to 3 and fresh episodes.
+The question of "Lossless adaptation of pretrained vision models" (Sharma et al. 2023, arXiv 2304.06600). With `--tune` each
+arm's learning rate is chosen among `RATES` with training seed 0 on tuning seeds, else it is 1e-3; reported runs use seeds 1 to
+3 and fresh episodes. All cells of a training seed come before the next seed's, so a run cut short leaves whole seeds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from benchmarks.metaworld_program import arguments, chosen, finish, read, run
 from benchmarks.metaworld_rows import (
     ARMS,
     BLOCKS,
@@ -21,14 +23,11 @@ from benchmarks.metaworld_rows import (
     TUNE,
     WHOLE,
     Row,
-    arguments,
     clone,
     evaluate,
     make_policy,
     paired,
     pooled,
-    read,
-    run,
     scores,
     sizes,
     train,
@@ -55,23 +54,25 @@ def cells() -> list[tuple[str, str]]:
 
 def final(lines: list[dict[str, Any]], count: int = 50) -> list[Row]:
     """Three seeds of every cell, each at its own best rate."""
-    rows = []
-    for task in TASKS:
-        for taps, arm in cells():
-            tried = [x for x in lines if x["name"].startswith(f"tune/{task}/{taps}/{arm}/")]
-            rate = max(tried, key=lambda x: x["success"])["lr"] if tried else 1e-3
-            rows += [
-                Row(f"{task}/{taps}/{arm}/{count}/s{seed}", (task,), arm, seed=seed, taps=taps, lr=rate, demonstrations=count)
-                for seed in (1, 2, 3)
-            ]
-    return rows
+
+    def best(*cell: str) -> float:
+        tried = [x for x in lines if x["name"].startswith("/".join(("tune", *cell, "")))]
+        return float(max(tried, key=lambda x: x["success"])["lr"]) if tried else 1e-3
+
+    return [
+        Row(
+            f"{task}/{taps}/{arm}/{count}/s{seed}", (task,), arm, seed=seed, taps=taps, lr=best(task, taps, arm),
+            demonstrations=count,
+        )
+        for seed in (1, 2, 3) for task in TASKS for taps, arm in cells()
+    ]  # fmt: skip
 
 
 def depths() -> list[Row]:
     """Convolutional adapters in one third of the net, and norm tuning; the last map is read."""
     return [
         Row(f"{task}/last/{arm}/50/s{seed}", (task,), arm, seed=seed, taps="last")
-        for task in TASKS for arm in (*STAGES, "norms") for seed in (1, 2, 3)
+        for seed in (1, 2, 3) for task in TASKS for arm in (*STAGES, "norms")
     ]  # fmt: skip
 
 
@@ -84,8 +85,8 @@ def at_depth(row: Row) -> dict[str, Any]:
         else {f"{BLOCKS}.{STAGES[row.arm]}.*": mmpeft.ConvAdapter(size=16)}
     )  # fmt: skip
     policy = make_policy(row)
-    seconds = train(row, policy, WHOLE | eyes, cached=False)
-    return scores(evaluate(row, policy)) | {"train_seconds": round(seconds, 1), **sizes(policy)}
+    training = train(row, policy, WHOLE | eyes, cached=False)
+    return scores(evaluate(row, policy)) | training | sizes(policy)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -109,15 +110,10 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="first choose each arm's learning rate")
     given = parser.parse_args()
     out = given.out or OUT
-    if not given.table:
-        chosen = [r for r in (tuning() if given.tune else []) if not given.only or given.only in r.name]
-        run(chosen, out, processes=given.processes, tiny=given.tiny)
-        rows = depths() if given.where else final(read(out), 10 if given.ten else 50)
-        rows = [r for r in rows if not given.only or given.only in r.name]
-        if given.tiny:
-            rows = [dataclasses.replace(r, first=TUNE) for r in rows if r.seed == 1]
-        run(rows, out, processes=given.processes, work=at_depth if given.where else clone, tiny=given.tiny)
-    print(table(read(out)))
+    if given.tune and not (given.table or given.prepare):
+        run(chosen(tuning(), given), out, processes=given.processes, work=clone)
+    rows = depths() if given.where else final(read(out), 10 if given.ten else 50)
+    finish(chosen(rows, given), given, out, work=at_depth if given.where else clone, table=table)
 
 
 if __name__ == "__main__":

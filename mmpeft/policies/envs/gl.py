@@ -15,6 +15,7 @@ import importlib
 import os
 import platform
 from collections.abc import Callable
+from typing import Any
 
 from mmpeft.errors import ConfigError, MissingExtra, nearest, require
 
@@ -31,27 +32,45 @@ class NoGL(MissingExtra):
     """No OpenGL library draws pictures here; the message names the packages to install."""
 
 
-def _egl_works() -> str:
-    """'' if some EGL device initialises, else why not."""
-    try:
-        egl = ctypes.CDLL(ctypes.util.find_library("EGL") or "libEGL.so.1")
-    except OSError as error:
-        return f"libEGL cannot be loaded ({error})"
+def _egl() -> tuple[ctypes.CDLL, Any, list[int | None]]:
+    """libEGL, its function that opens a device's display, and the devices.
+
+    Raises:
+        OSError: it cannot be loaded, or knows no devices.
+    """
+    egl = ctypes.CDLL(ctypes.util.find_library("EGL") or "libEGL.so.1")
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     query, display = egl.eglGetProcAddress(b"eglQueryDevicesEXT"), egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
     if not query or not display:
-        return "libEGL has no device platform"
+        raise OSError("no device platform")
     devices, count = (ctypes.c_void_p * 16)(), ctypes.c_int(0)
     ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(query)(
         16, ctypes.cast(devices, ctypes.c_void_p), ctypes.cast(ctypes.pointer(count), ctypes.c_void_p)
     )
-    open_display = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(display)
-    for device in devices[: count.value]:
-        opened = open_display(_EGL_PLATFORM_DEVICE, device, None)
+    opens = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(display)
+    return egl, opens, list(devices[: count.value])
+
+
+def egl_devices() -> int:
+    """Devices that EGL lists, by which `MUJOCO_EGL_DEVICE_ID` counts; 0 without EGL."""
+    try:
+        return len(_egl()[2])
+    except OSError:
+        return 0
+
+
+def _egl_works() -> str:
+    """'' if some EGL device initialises, else why not."""
+    try:
+        egl, opens, devices = _egl()
+    except OSError as error:
+        return f"libEGL cannot be loaded ({error})"
+    for device in devices:
+        opened = opens(_EGL_PLATFORM_DEVICE, device, None)
         # never terminated: MuJoCo gets the same display, and ends it at exit
         if opened and egl.eglInitialize(ctypes.c_void_p(opened), None, None):
             return ""
-    return f"none of the {count.value} EGL devices initialises"
+    return f"none of the {len(devices)} EGL devices initialises"
 
 
 def _osmesa_works() -> str:

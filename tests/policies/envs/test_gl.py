@@ -32,3 +32,13 @@ def test_settings_that_cannot_draw(monkeypatch, asked, error):
 
 def test_the_choice_draws(gl):
     assert gl in ("egl", "osmesa", "glfw", "cgl", "wgl") and module.why_no_gl() == ""
+
+
+def test_devices_of_egl_are_counted_only_where_it_is_there(monkeypatch):
+    assert module.egl_devices() >= (1 if module._egl_works() == "" else 0)
+
+    def missing(name):
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr(module.ctypes, "CDLL", missing)
+    assert module.egl_devices() == 0 and "cannot be loaded" in module._egl_works()
