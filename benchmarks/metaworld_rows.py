@@ -124,8 +124,7 @@ def train(row: Row, policy: Any, plan: Any, *, adapter: str = "default", cached:
 
     lightning.seed_everything(row.seed, verbose=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if policy.encoder is not None:
-        policy.encoder.to(device)  # the prefix cache is filled before Lightning would move it
+    policy.to(device)  # the prefix cache is filled before Lightning would move it
     demonstrations = demonstrations_of(row)
     if row.arm != "blind":
         demonstrations.render()  # opens every picture, for the loader's processes to inherit

@@ -57,5 +57,6 @@ class InstructionEncoder(Part):
         ids = [self.text.preprocess(n) for n in names]
         mask = pad_sequence([torch.ones(len(i), dtype=torch.bool) for i in ids], batch_first=True).to(device)
         tokens, _ = self.text(pad_sequence(ids, batch_first=True).to(device), mask)
-        weight = mask.unsqueeze(-1).to(tokens.dtype)
+        tokens = tokens.float()  # the checkpoint may be in half precision; states and maps reach the trunk in fp32
+        weight = mask.unsqueeze(-1).float()
         return F.normalize((tokens * weight).sum(1) / weight.sum(1), dim=-1)

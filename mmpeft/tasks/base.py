@@ -101,14 +101,19 @@ class AdapterTask(_lightning.LightningModule):  # type: ignore[misc]
     # ---- adapting --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        with torch.device("cpu"):  # the model exists: Lightning's context, which makes new tensors on the GPU, is not meant
+            self.adapt()
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+
+    def adapt(self) -> None:
+        """Load or attach the adapter, unless the model has it already."""
         state = find_state(self.model)
         if state is None or self.adapter not in state.entries:
             if self.start_from is not None:
                 load(self.model, self.start_from, self.adapter)
             elif self.plan is not None:
                 attach(self.model, self.plan, self.adapter)
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
         if self.trainer.world_size > 1:

@@ -141,8 +141,8 @@ class ControlTask(AdapterTask):
             measure(self.model, data.datasets["train"], pad=self.pad)
         data.prepare(self.model)
 
-    def configure_model(self) -> None:
-        super().configure_model()
+    def adapt(self) -> None:
+        super().adapt()
         if not self._carried():
             note_skill(self.model, self.adapter)
         skill = self.model.current()

@@ -168,3 +168,13 @@ def test_an_adapter_without_a_folder_lies_beside_the_logs(make_trainer, tmp_path
         )
     with pytest.raises(ConfigError, match="renderers"):
         ControlData(Demos(), renderers=-1)
+
+
+@pytest.mark.parametrize("seeing", [False, True])
+def test_lightnings_context_for_new_tensors_is_not_meant_for_a_model_that_exists(make_trainer, monkeypatch, seeing):
+    """On a GPU, Lightning calls `configure_model` where every new tensor is made on the GPU; here on "meta"."""
+    policy = make_policy(encoder=eyes()) if seeing else blind()
+    task, trainer = ControlTask(policy, PLAN), make_trainer(max_steps=2)
+    monkeypatch.setattr(trainer.strategy, "tensor_init_context", lambda **_: torch.device("meta"))
+    trainer.fit(task, ControlData(Demos(episodes=4), batch_size=8))
+    assert trainer.global_step == 2 and {p.device.type for p in policy.parameters()} == {"cpu"}
