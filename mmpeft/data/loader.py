@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from mmpeft.data.encoding import EncodedDataset, OnBad, mix
 from mmpeft.data.processor import Processor
@@ -58,6 +59,26 @@ class Progress:
         """Go to the head of `epoch`, unless a restored state is somewhere in it."""
         if epoch != self.epoch:
             self.epoch, self.position, self.start = epoch, 0, 0
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Torch's workers, whose death while they are shut down loses nothing: every batch that was wanted is there.
+
+    Seen on a GPU: forked workers aborted on their way out, and the exception ended a training that was complete.
+    """
+
+    def _shutdown_workers(self) -> None:
+        try:
+            super()._shutdown_workers()
+        except RuntimeError as error:  # of torch's handler for dead children; its `finally` has cleaned up by now
+            log.warning("a worker process died while it was shut down: %s", error)
+
+
+class _Torch(DataLoader[Any]):
+    """A DataLoader with such workers."""
+
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return super()._get_iterator() if self.num_workers == 0 else _Workers(self)
 
 
 class Loader:
@@ -99,7 +120,7 @@ class Loader:
         self._plan(0)  # refuses a bad size before training starts
         encoded = EncodedDataset(dataset, processor, train=train, on_bad=on_bad, max_length=max_length, seed=seed)
         self._keys = _Keys()
-        self._torch: DataLoader[Any] = DataLoader(
+        self._torch = _Torch(
             encoded,
             batch_sampler=self._keys,
             collate_fn=encoded.collate,  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import os
 import random
+import signal
 import time
 
 import lightning.pytorch as pl
@@ -332,3 +334,21 @@ def test_wrong_options_are_refused():
         data.test_dataloader()
     with pytest.raises(ConfigError, match="cannot feed"):
         Loader(Toy(0), ToyProcessor(), batch_size=2, train=True)
+
+
+class Aborting(Toy):
+    """Its reader's process aborts on its way out, as forked processes of a GPU program were seen to."""
+
+    def __getitem__(self, i):
+        from multiprocessing.util import Finalize
+
+        Finalize(None, os.abort, exitpriority=1)
+        return super().__getitem__(i)
+
+
+def test_a_worker_that_dies_while_it_is_shut_down_loses_nothing(caplog):
+    loader = Loader(Aborting(), ToyProcessor(), batch_size=8, train=True, workers=2)
+    assert len(list(loader)) == 7
+    workers = loader._iterator._workers
+    loader._iterator._shutdown_workers()  # as Lightning does when a training is done
+    assert -signal.SIGABRT in [w.exitcode for w in workers] and "died while it was shut down" in caplog.text
