@@ -186,7 +186,7 @@ def _prove(model: Any, decoder: Any, fused: FusedLlama, attached: bool, toleranc
     for m, mode in modes:
         m.training = mode
     x = torch.nn.functional.embedding(ids, fused.embedding)
-    ours, ours_loss = fused.hidden(x)[0].float(), own_loss if model is None else fused.forward(x, ids)[0]
+    ours, ours_loss = fused.last_states(x).flatten(0, 1).float(), own_loss if model is None else fused.forward(x, ids)[0]
     fused.refresh()
     error = float(((ours - own).norm() / own.norm()).maximum((ours_loss - own_loss).abs() / own_loss.abs()))
     if not error <= tolerance:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import fused_ops, llama_block, recorded
+from mmpeft.kernels import fused_ops, llama_block, llama_forward, recorded
 from mmpeft.kernels.documents import Documents
 from mmpeft.kernels.group import Dropped, Masters
 from mmpeft.kernels.llama_block import Block, Layout, Sites
@@ -95,8 +95,14 @@ class FusedLlama(Masters):
         """Embeddings x [B, S, h] -> the last hidden states [B, S, h], final norm included, differentiable in x and the
         masters; without gradients nothing is kept."""
         if not torch.is_grad_enabled():
-            return self.record(x, documents)[0] if self.dropout else self.hidden(x, documents=documents)[0].view(x.shape)
+            return self.record(x, documents)[0] if self.dropout else self.last_states(x, documents)
         return recorded.run(self, x, documents)
+
+    def last_states(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        """As `states`, without gradients and without dropout: the short forward of `llama_forward`."""
+        B, S, h = x.shape
+        flat = x.reshape(B * S, h).contiguous()
+        return llama_forward.states(flat, self.blocks, self.final_norm, self._layout((B, S), documents)).view(x.shape)
 
     @torch.no_grad()
     def record(self, x: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tape]:
@@ -133,21 +139,19 @@ class FusedLlama(Masters):
     def hidden(
         self,
         x: Tensor,
-        saved: list[llama_block.Tape] | None = None,
+        saved: list[llama_block.Tape],
         dropped: Dropped | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` for the backward."""
+        """x [B, S, h] -> (final norm's output [T, h], its input, its rstd); appends to `saved` what a backward needs."""
         B, S, h = x.shape
         layout = self._layout((B, S), documents)
         x, delta, scaling = x.reshape(B * S, h).contiguous(), None, None
-        if saved is not None:  # tuned now, while memory is still free
-            self.blocks[0].sweep_config(B * S)
+        self.blocks[0].sweep_config(B * S)  # tuned now, while memory is still free
         for i, block in enumerate(self.blocks):
             x, delta, kept = block.forward(x, delta, scaling, layout, _sites(dropped, i))
             scaling = block.down.scaling
-            if saved is not None:
-                saved.append(kept)
+            saved.append(kept)
         n = torch.empty_like(x)
         return (n, *fused_ops.add_rmsnorm(x, delta, self.final_norm, self.eps, n, scaling))
 

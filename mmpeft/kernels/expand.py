@@ -1,0 +1,208 @@
+"""What reads a product [z | S] of a forward that keeps nothing, and adds S B^T to z on the way.
+
+At batch 1 a decoder block is a row of launches of a few microseconds each, so a low-rank term with a launch of its own
+costs as much as the linear it belongs to. Here it has none: a group's rows [W ; A] lie one under the other
+(`packed.PackedGroup.backward_weight`), so one product gives z = x W^T and S = x A^T, and whatever reads z next
+(RoPE, SwiGLU, the residual's add and norm) adds S B^T in fp32 before its own work. DoRA's factors and biases are applied there too.
+
+Each function runs the Triton kernel or the same maths in plain torch.
+"""
+
+# Triton kernels are typed by their launch, not by annotations.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpeft.kernels import reference
+from mmpeft.kernels.dispatch import next_power_of_2, use_triton
+from mmpeft.kernels.group import Group
+from mmpeft.kernels.tritonlib import jit, tl, triton
+
+
+class Product(NamedTuple):
+    """A group's output that is not finished: y = factor * (z + S B^T) + bias.
+
+    z: [T, out + R], S in its last R columns. B: [out, R], times s, block-diagonal over members. ranks: of the members.
+    factor, bias: [out] or None; fp32, a bias alone in the weights' dtype.
+    """
+
+    z: Tensor
+    B: Tensor
+    ranks: list[int]
+    factor: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def of(x: Tensor, group: Group) -> Product:
+        """The group's product with x [T, in]: one GEMM."""
+        p = group.packed
+        p.load()
+        factor, bias = (None, p.bias) if group.scaling is None else group.scaling
+        return Product(torch.mm(x, p.backward_weight.mT), p.B, p.ranks, factor, bias)
+
+    def finished(self) -> Tensor:
+        """y [T, out], of z's dtype or wider: the reference."""
+        out = self.B.shape[0]
+        wide = torch.promote_types(self.z.dtype, torch.float32)
+        y = self.z[:, :out].to(wide) + self.z[:, out:].to(wide) @ self.B.to(wide).mT
+        y = y if self.factor is None else y * self.factor
+        return y if self.bias is None else y + self.bias
+
+
+@jit
+def _add_rmsnorm(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, H, eps,
+                 FACTOR: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    k = tl.arange(0, RP)
+    inside = cols < H
+    d = tl.load(z + row * ldz + cols, mask=inside, other=0.0).to(tl.float32)
+    for first in range(0, R, RP):
+        here = first + k < R
+        s = tl.load(z + row * ldz + H + first + k, mask=here, other=0.0).to(tl.float32)
+        b = tl.load(B + cols[:, None] * ldb + first + k[None, :], mask=inside[:, None] & here[None, :], other=0.0)
+        d += tl.sum(b.to(tl.float32) * s[None, :], 1)
+    if FACTOR:
+        d = d * tl.load(factor + cols, mask=inside, other=0.0)
+    if BIAS:
+        d += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + row * H + cols, mask=inside, other=0.0)
+    v = (v.to(tl.float32) + d).to(v.dtype)  # the stream is kept in the model's dtype
+    tl.store(x_out + row * H + cols, v, mask=inside)
+    wide = v.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+    y = (wide * rstd).to(v.dtype).to(tl.float32) * tl.load(w + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(n + row * ldn + cols, y.to(v.dtype), mask=inside)
+
+
+def add_rmsnorm(x: Tensor, branch: Product, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + y, rmsnorm of it times weight): each [T, h]; y is the branch's output."""
+    if not use_triton(x):
+        return reference.add_rmsnorm(x, branch.finished().to(x.dtype), weight, eps)
+    (T, H), z = x.shape, branch.z
+    total, n = torch.empty_like(x), torch.empty_like(x)
+    block = next_power_of_2(H)
+    _add_rmsnorm[(T,)](
+        x, z, branch.B, *_places(branch), weight, total, n, z.stride(0), branch.B.stride(0), n.stride(0), H, eps,
+        FACTOR=branch.factor is not None, BIAS=branch.bias is not None, R=z.shape[1] - H, RP=16, BLOCK=block,
+        num_warps=4 if block <= 512 else 8 if block <= 2048 else 16,
+    )  # fmt: skip
+    return total, n
+
+
+@jit
+def _rank_term(z, lds, first, r, B, ldb, rows, cols, T, end, RP: tl.constexpr):
+    """S B^T at rows and columns of the output, from a member's rank columns [first, first + r)."""
+    k = tl.arange(0, RP)
+    s = tl.load(z + rows[:, None] * lds + first + k[None, :], mask=(rows < T)[:, None] & (k < r)[None, :], other=0.0)
+    b = tl.load(B + cols[None, :] * ldb + first + k[:, None], mask=(cols < end)[None, :] & (k < r)[:, None], other=0.0)
+    return tl.dot(s, b, input_precision="ieee")
+
+
+@jit
+def _rope(z, B, factor, bias, cos, sin, ldz, ldb, T, OUT, period, q_first, k_first, v_first, q_rank, k_rank, v_rank,
+          HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, RP: tl.constexpr,
+          FACTOR: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, HP)
+    first = tl.where(head < HQ, q_first, tl.where(head < HQ + HK, k_first, v_first))
+    r = tl.where(head < HQ, q_rank, tl.where(head < HQ + HK, k_rank, v_rank))
+    lower = head * 2 * HALF + d
+    upper = lower + HALF
+    half = d < HALF
+    inside = (rows < T)[:, None] & half[None, :]
+    at = rows[:, None] * ldz
+    x1 = tl.load(z + at + lower[None, :], mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(z + at + upper[None, :], mask=inside, other=0.0).to(tl.float32)
+    x1 += _rank_term(z + OUT, ldz, first, r, B, ldb, rows, lower, T, OUT, RP)
+    x2 += _rank_term(z + OUT, ldz, first, r, B, ldb, rows, upper, T, OUT, RP)
+    if FACTOR:
+        x1 = x1 * tl.load(factor + lower, mask=half, other=0.0)[None, :]
+        x2 = x2 * tl.load(factor + upper, mask=half, other=0.0)[None, :]
+    if BIAS:
+        x1 += tl.load(bias + lower, mask=half, other=0.0).to(tl.float32)[None, :]
+        x2 += tl.load(bias + upper, mask=half, other=0.0).to(tl.float32)[None, :]
+    turns = inside & (head < HQ + HK)  # v is not rotated
+    place = (rows % period)[:, None] * HALF + d[None, :]
+    c = tl.load(cos + place, mask=turns, other=1.0)
+    s = tl.load(sin + place, mask=turns, other=0.0)
+    tl.store(z + at + lower[None, :], (x1 * c - x2 * s).to(z.dtype.element_ty), mask=inside)
+    tl.store(z + at + upper[None, :], (x2 * c + x1 * s).to(z.dtype.element_ty), mask=inside)
+
+
+def rope(qkv: Product, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """[q | k | v] [T, (Hq + 2 Hk) d] of the group's product, q and k rotated: in z's own memory. cos, sin: [S, d/2] or
+    [T, d/2], fp32."""
+    z, out = qkv.z, qkv.B.shape[0]
+    T, half = z.shape[0], cos.shape[1]
+    if not use_triton(z):
+        y, turned = qkv.finished().to(z.dtype), 2 * half * (heads + kv_heads)
+        tables = (t.repeat(T // t.shape[0], 1) for t in (cos, sin))
+        z[:, :turned] = reference.rope(y[:, :turned].reshape(T, -1, 2 * half), *tables).flatten(1)
+        z[:, turned:out] = y[:, turned:]
+        return z[:, :out]
+    ranks = qkv.ranks
+    firsts = [0, ranks[0], ranks[0] + ranks[1]]
+    _rope[(triton.cdiv(T, 16), heads + 2 * kv_heads)](
+        z, qkv.B, *_places(qkv), cos, sin, z.stride(0), qkv.B.stride(0), T, out, cos.shape[0], *firsts, *ranks,
+        HQ=heads, HK=kv_heads, HALF=half, HP=max(16, next_power_of_2(half)), BM=16, RP=_padded(ranks),
+        FACTOR=qkv.factor is not None, BIAS=qkv.bias is not None, num_warps=2,
+    )  # fmt: skip
+    return z[:, :out]
+
+
+@jit
+def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_rank,
+            BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    here = cols < F
+    inside = (rows < T)[:, None] & here[None, :]
+    at = rows[:, None] * ldz + cols[None, :]
+    g = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(z + at + F, mask=inside, other=0.0).to(tl.float32)
+    g += _rank_term(z + 2 * F, ldz, 0, g_rank, B, ldb, rows, cols, T, F, RP)
+    u += _rank_term(z + 2 * F, ldz, u_first, u_rank, B + F.to(tl.int64) * ldb, ldb, rows, cols, T, F, RP)
+    if FACTOR:
+        g = g * tl.load(factor + cols, mask=here, other=0.0)[None, :]
+        u = u * tl.load(factor + F + cols, mask=here, other=0.0)[None, :]
+    if BIAS:
+        g += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(bias + F + cols, mask=here, other=0.0).to(tl.float32)[None, :]
+    h = (g * tl.sigmoid(g) * u).to(act.dtype.element_ty)
+    tl.store(act + rows[:, None] * lda + cols[None, :], h, mask=inside)
+
+
+def swiglu(gate_up: Product) -> Tensor:
+    """silu(gate) * up [T, f] of the group's product."""
+    z, f = gate_up.z, gate_up.B.shape[0] // 2
+    if not use_triton(z):
+        gate, up = gate_up.finished().to(z.dtype).split(f, 1)
+        h: Tensor = F.silu(gate) * up
+        return h
+    act = z.new_empty(z.shape[0], f)
+    g_rank, u_rank = gate_up.ranks
+    BM, BN = 16, 128
+    _swiglu[(triton.cdiv(z.shape[0], BM), triton.cdiv(f, BN))](
+        z, gate_up.B, *_places(gate_up), act, z.stride(0), gate_up.B.stride(0), act.stride(0), z.shape[0], f,
+        g_rank, g_rank, u_rank, BM=BM, BN=BN, RP=_padded([g_rank, u_rank]),
+        FACTOR=gate_up.factor is not None, BIAS=gate_up.bias is not None, num_warps=4,
+    )  # fmt: skip
+    return act
+
+
+def _places(product: Product) -> tuple[Tensor, Tensor]:
+    """factor and bias as the kernels take them: anything where there is none."""
+    return tuple(product.z if t is None else t for t in (product.factor, product.bias))  # type: ignore[return-value]
+
+
+def _padded(ranks: list[int]) -> int:
+    """Rank columns of a tile: the tensor cores take at least 16."""
+    return max(16, next_power_of_2(max(ranks)))
