@@ -31,13 +31,14 @@ def table(lines: list[dict[str, Any]]) -> str:
 def row(x: dict[str, Any], arms: dict[str, dict[str, Any]]) -> str:
     """One line of the table. The ratio is to the fastest arm that is not mmpeft's, of the same call's machine kind."""
     low, high = x["step_ms_iqr"]
+    digits = 1 if x["step_ms"] >= 10 else 2
     clock = ", ".join(x["clocks"].split(", ")[:2])
     note = f" ({x['note']})" if "note" in x else ""
     peers = [a["throughput"] for a in arms.values() if not a["arm"].startswith("mmpeft") and a["device"] == x["device"]]
     ratio = f"{x['throughput'] / max(peers):.2f}" if peers else ""
     return (
         f"| {x['workload']} | {x['arm']}{note} | {x['throughput']:,.0f} {x['unit']} | {ratio} "
-        f"| {x['step_ms']:.1f} ({low:.1f}, {high:.1f}) | {x['peak_gib']} | {x['mfu']:.3f} "
+        f"| {x['step_ms']:.{digits}f} ({low:.{digits}f}, {high:.{digits}f}) | {x['peak_gib']} | {x['mfu']:.3f} "
         f"| {x['loss_first']}, {x['loss']} | {clock} | {x['date']} |"
     )
 
