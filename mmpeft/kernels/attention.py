@@ -25,15 +25,18 @@ aten = torch.ops.aten
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, documents: Documents | None = None
-) -> tuple[Tensor, tuple[Any, ...]]:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, documents: Documents | None = None, *,
+    keep: bool = True,
+) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
     """q [B, S, Hq, D], k, v [B, S, Hk, D] -> (o [B, S, Hq, D], what backward needs besides q, k, v, o).
 
-    With `documents`, whose attention is always causal, o's tokens see those of their own document only.
+    With `documents`, whose attention is always causal, o's tokens see those of their own document only. Without `keep`
+    no backward follows: the kernel is the one that is faster forward.
     """
     if documents is not None:
         return _PACKED[packed_kind(q)][0](q, k, v, scale, documents)
-    return _FORWARD[_kind(q, k, causal)](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+    kind = _kind(q, k, causal, keep)
+    return _FORWARD[kind](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
 
 
 def backward(
@@ -143,15 +146,18 @@ _FORWARD = {"cudnn": _cudnn, "flash": _flash, "torch": _torch}
 _BACKWARD = {"cudnn": _cudnn_backward, "flash": _flash_backward, "torch": _torch_backward}
 
 
-def _kind(q: Tensor, k: Tensor, causal: bool) -> str:
+def _kind(q: Tensor, k: Tensor, causal: bool, keep: bool = True) -> str:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    return pick(*q.shape, k.shape[2], q.dtype, q.device.index or 0, causal)
+    return pick(*q.shape, k.shape[2], q.dtype, q.device.index or 0, causal, keep)
 
 
 @functools.cache
-def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int, causal: bool) -> str:
-    """The faster of cuDNN and flash for forward and backward at this shape, timed once a device on random data."""
+def pick(
+    B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int, causal: bool, keep: bool = True
+) -> str:
+    """The faster of cuDNN and flash at this shape, timed once a device on random data: forward and backward, or forward
+    alone where nothing is kept."""
     place = torch.device("cuda", device)
 
     @functools.cache  # made only if something is timed
@@ -162,8 +168,13 @@ def pick(B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: i
     def run(kind: str) -> None:
         q, k, v = data()
         o, saved = _FORWARD[kind](q, k, v, 0.1, causal)
+        if not keep:
+            return
         _BACKWARD[kind](o.transpose(1, 2), q, k, v, o.transpose(1, 2), saved, 0.1, causal)
 
     candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash")}
     with torch.cuda.device(device):
-        return tuning.choose("attention", (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch")
+        op = "attention" if keep else "attention_forward"
+        return tuning.choose(
+            op, (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch", timer=tuning.device_milliseconds
+        )
