@@ -1,8 +1,8 @@
 """Memory-bound kernels of a Llama-type block: each reads its inputs once and writes its outputs once.
 
-    hash_dropout            inverted dropout by counter hash (reference.dropout)
     add_rmsnorm             residual add and RMSNorm in one pass, into a padded buffer ready for a K-extended GEMM
-    rmsnorm_backward        norm backward and the residual gradient's add in one pass
+    rmsnorm_backward        norm backward and the residual gradient's add in one pass; the norm's output again, dropped
+                            where the adapters read it so
     rope                    rotary embedding of q and k inside a packed qkv, and its inverse for the gradients
     swiglu_backward         the activation's gradient, and its output again, so the forward need not keep it (the
                             forward is in `sweep`, with the next shrink)
@@ -19,48 +19,9 @@ import torch
 from torch import Tensor
 
 from mmpeft.kernels.dispatch import next_power_of_2
-from mmpeft.kernels.reference import keep_threshold
+from mmpeft.kernels.dropout import Dropped
+from mmpeft.kernels.dropout_kernels import dropped_value, masking, row_key
 from mmpeft.kernels.tritonlib import jit, tl, triton
-
-
-@jit
-def mix32(h):
-    """The 32-bit finaliser of reference._mix32, on uint32."""
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@jit
-def keep_mask(seed, rows, cols, threshold):
-    """reference.dropout_mask for the given row and column numbers: [len(rows), len(cols)] of bool."""
-    row = mix32((rows.to(tl.int64) + seed * 0x9E3779B1).to(tl.uint32))
-    hashed = mix32(mix32(row[:, None] ^ cols.to(tl.uint32)[None, :]) ^ row[:, None])
-    return hashed >= threshold.to(tl.uint32)
-
-
-@jit
-def _hash_dropout(x, y, seed, T, N, ldx, ldy, threshold, inverse_keep, BM: tl.constexpr, BN: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (rows < T)[:, None] & (cols < N)[None, :]
-    keep = keep_mask(tl.load(seed), rows, cols, threshold)
-    v = tl.load(x + rows[:, None] * ldx + cols[None, :], mask=inside & keep, other=0.0).to(tl.float32) * inverse_keep
-    tl.store(y + rows[:, None] * ldy + cols[None, :], v.to(y.dtype.element_ty), mask=inside)
-
-
-def hash_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Inverted dropout of x [T, n] by the mask of `seed` (int64 tensor of one element on x's device)."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BM, BN = 8, 256
-    if x.numel():
-        _hash_dropout[(triton.cdiv(x.shape[0], BM), triton.cdiv(x.shape[1], BN))](
-            x, y, seed, *x.shape, x.stride(0), y.stride(0), keep_threshold(p), 1 / (1 - p), BM, BN
-        )
-    return y
 
 
 @jit
@@ -105,8 +66,8 @@ def add_rmsnorm(
 
 
 @jit
-def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H,
-                      ADD: tl.constexpr, REBUILD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H, seed, site, threshold, inverse_keep,
+                      ADD: tl.constexpr, REBUILD: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < H
@@ -115,6 +76,10 @@ def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H,
     gain = tl.load(w + cols, mask=inside, other=0.0).to(tl.float32)
     if REBUILD:
         normed = xhat.to(x.dtype.element_ty).to(tl.float32) * gain
+        if DROP:
+            normed = normed.to(n.dtype.element_ty).to(tl.float32)
+            key = row_key(tl.load(seed) + site, row)
+            normed = dropped_value(normed, key, tl.arange(0, BLOCK // 2), threshold, inverse_keep)
         tl.store(n + row * ldn + cols, normed.to(n.dtype.element_ty), mask=inside)
     wd = tl.load(dn + row * ldd + cols, mask=inside, other=0.0).to(tl.float32) * gain
     dx = r * (wd - xhat * (tl.sum(wd * xhat, 0) / H))
@@ -124,15 +89,17 @@ def _rmsnorm_backward(dn, x, rstd, w, g, out, n, ldd, ldg, ldo, ldn, H,
 
 
 def rmsnorm_backward(
-    dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None = None
-) -> None:
-    """Fills out [T, h] with x's gradient through the norm plus the residual's own g; n with the norm's output."""
+    dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None = None,
+    dropped: Dropped | None = None,
+) -> None:  # fmt: skip
+    """Fills out [T, h] with x's gradient through the norm plus the residual's own g; n with the norm's output, dropped."""
     T, H = x.shape
     block = next_power_of_2(H)
     _rmsnorm_backward[(T,)](
         dn, x, rstd, weight, dn if g is None else g, out, out if n is None else n,
         dn.stride(0), 0 if g is None else g.stride(0), out.stride(0), 0 if n is None else n.stride(0), H,
-        ADD=g is not None, REBUILD=n is not None, BLOCK=block, num_warps=_row_warps(block),
+        *masking(dropped, rstd), ADD=g is not None, REBUILD=n is not None, DROP=dropped is not None, BLOCK=block,
+        num_warps=_row_warps(block),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmpeft.kernels import reference
 from mmpeft.kernels.dispatch import use_triton
+from mmpeft.kernels.dropout import Dropped
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -36,18 +37,21 @@ def add_rmsnorm(
 
 
 def rmsnorm_backward(
-    dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None
-) -> None:
-    """Fills out [T, h] with x's gradient through the norm plus g, and n [T, h], where given, with the norm's output."""
+    dn: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, n: Tensor | None,
+    dropped: Dropped | None = None,
+) -> None:  # fmt: skip
+    """Fills out [T, h] with x's gradient through the norm plus g, and n [T, h], where given, with the norm's output as the
+    adapters read it (dropped)."""
     if use_triton(x):
         from mmpeft.kernels import elementwise
 
-        return elementwise.rmsnorm_backward(dn, x, rstd, weight, g, out, n)
+        return elementwise.rmsnorm_backward(dn, x, rstd, weight, g, out, n, dropped)
     xhat = _wide(x) * rstd[:, None]
     wd = _wide(dn) * _wide(weight)
     dx = rstd[:, None] * (wd - xhat * (wd * xhat).mean(-1, keepdim=True))
     if n is not None:
-        n.copy_(xhat.to(x.dtype) * weight)
+        normed = xhat.to(x.dtype) * weight
+        n.copy_(normed if dropped is None else dropped.of(normed))
     out.copy_(dx if g is None else dx + g)
 
 
@@ -72,16 +76,18 @@ def rope(
     out[:, : rotated.shape[1]].copy_(rotated)
 
 
-def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor, scaling: Scaling | None = None) -> Tensor:
-    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f].
+def swiglu_shrink(
+    gate_up: Tensor, act: Tensor, A: Tensor, scaling: Scaling | None = None, dropped: Dropped | None = None
+) -> Tensor:
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = drop(h) A^T; returns S [T, R], contiguous. A: [R, f].
     `scaling` of gate_up."""
     if use_triton(gate_up):
         from mmpeft.kernels import sweep
 
-        return sweep.swiglu_shrink(gate_up, act, A, scaling)
+        return sweep.swiglu_shrink(gate_up, act, A, scaling, dropped)
     f = A.shape[1]
     act[:, :f].copy_(reference.swiglu(_scaled(gate_up, scaling)))
-    S = act[:, :f] @ A.mT
+    S = (act[:, :f] if dropped is None else dropped.of(act[:, :f])) @ A.mT
     act[:, f:].copy_(S)
     return S
 

@@ -1,35 +1,26 @@
-"""Linears that share an input, inside a written-out block: products on `[x | S]`, gradients into the flat buffer."""
+"""Linears that share an input, inside a written-out block: products on `[x | S]`, gradients into the flat buffer.
+
+Under dropout the rank term reads another x than the weight does, one for the whole group (`dropout`): its gradient is
+masked before it is added, so the products backward are on dy and on dS apart.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
+from mmpeft.kernels import dropout
 from mmpeft.kernels.adamw import FlatAdamW, Refresher, Slot
-from mmpeft.kernels.lowrank import drop, mm_wide
+from mmpeft.kernels.dropout import Dropped as Dropped
+from mmpeft.kernels.lowrank import mm_wide
 from mmpeft.kernels.magnitude import Magnitude, Scaling
 from mmpeft.kernels.packed import LEADING_MULTIPLE, PackedGroup, round_up
-
-
-class Dropped(NamedTuple):
-    """Dropout at a group's low-rank input: probability, and the seed (int64 [1]) of its first member's mask."""
-
-    p: float
-    seed: Tensor
-
-    def at(self, site: int) -> Dropped:
-        """The group number `site`: eight seeds apart, for at most eight members."""
-        return Dropped(self.p, self.seed + 8 * site)
-
-    def of(self, x: Tensor, member: int) -> Tensor:
-        """x [T, n] with the mask of a member, the same in forward and backward."""
-        return drop(x, self.p, self.seed + member)
 
 
 @dataclass
@@ -85,22 +76,17 @@ class Group:
                     yield m, Slot((1, m.shape[0]), p.A.new_empty(1, m.shape[0]))
 
     def shrink(self, x: Tensor, dropped: Dropped | None) -> Tensor:
-        """S = x A^T [T, R]; each member's columns from its own dropped copy of x."""
-        p = self.packed
-        if dropped is None:
-            return x @ p.A.mT
-        S, first = x.new_zeros(x.shape[0], p.rank), 0
-        for i, (r, A) in enumerate(zip(p.ranks, p.A_parts, strict=True)):
-            if r:
-                S[:, first : first + r] = dropped.of(x, i) @ A.mT
-            first += r
-        return S
+        """S = drop(x) A^T [T, R]."""
+        return x @ self.packed.A.mT if dropped is None else dropout.shrink(x, self.packed.A, dropped)
 
     def forward(self, wide: Tensor, dropped: Dropped | None = None) -> tuple[Tensor, Tensor]:
         """wide [T, in + R] with x in its first columns -> (y [T, out], S [T, R])."""
         n = self.packed.in_features
-        S = self.shrink(wide[:, :n], dropped)
-        wide[:, n:].copy_(S)
+        if dropped is None:
+            S = self.shrink(wide[:, :n], None)
+            wide[:, n:].copy_(S)
+        else:
+            S = dropout.shrink(wide[:, :n], self.packed.A, dropped, wide[:, n:])
         self.packed.load()
         return linear(wide, self.packed.forward_weight, self.bias), S
 
@@ -113,16 +99,21 @@ class Group:
 
     def backward_x(self, wide: Tensor, dropped: Dropped | None) -> Tensor:
         """dx [T, in] from [dy | dS]: one GEMM; under dropout the rank term is masked first, so it is added apart."""
-        p = self.packed
-        p.load()
         if dropped is None:
-            return wide @ p.backward_weight
-        dx, first = wide[:, : p.out_features] @ p.W, p.out_features
-        for i, (r, A) in enumerate(zip(p.ranks, p.A_parts, strict=True)):
-            if r:
-                dx.add_(dropped.of(wide[:, first : first + r] @ A, i))
-            first += r
+            self.packed.load()
+            return wide @ self.packed.backward_weight
+        dx = self.backward_W(wide)
+        self.add_masked(dx, wide, dropped)
         return dx
+
+    def backward_W(self, wide: Tensor) -> Tensor:
+        """The base weight's part of dx, dy W [T, in], from [dy | dS]."""
+        self.packed.load()
+        return wide[:, : self.packed.out_features] @ self.packed.W
+
+    def add_masked(self, dx: Tensor, wide: Tensor, dropped: Dropped, x: Tensor | None = None) -> Tensor | None:
+        """Adds the adapters' part of dx, drop(dS A), in place; returns drop(x) where x [T, in] is given."""
+        return dropout.add_masked(dx, wide[:, self.packed.out_features :], self.packed.A, dropped, x)
 
     def backward_B(self, wide: Tensor, S: Tensor, flat: Tensor, accumulate: bool) -> None:
         """Fills dS into the last columns of `wide` and writes dB."""
@@ -140,17 +131,12 @@ class Group:
     def backward_A(
         self, wide: Tensor, x: Tensor, flat: Tensor, accumulate: bool, dropped: Dropped | None = None
     ) -> None:
-        """Writes dA = dS^T x of all members, from `wide` as `backward` left it."""
-        p = self.packed
-        ranks = [sum(p.ranks)] if dropped is None else p.ranks  # one product for all members, or one for each mask
-        first = 0
-        for i, r in enumerate(ranks):
-            if r:
-                start, column = self.A_start + first * p.in_features, p.out_features + first
-                dA = flat[start : start + r * p.in_features].view(r, p.in_features)
-                masked = x if dropped is None else dropped.of(x, i)
-                product_into(dA, wide[:, column : column + r].mT, masked, 1.0, accumulate)
-            first += r
+        """Writes dA = dS^T drop(x) of all members, from `wide` as `backward` left it; no `dropped`: x is drop(x)."""
+        p, r = self.packed, sum(self.packed.ranks)
+        if r:
+            dA = flat[self.A_start : self.A_start + r * p.in_features].view(r, p.in_features)
+            dS = wide[:, p.out_features : p.out_features + r]
+            product_into(dA, dS.mT, x if dropped is None else dropped.of(x), 1.0, accumulate)
 
 
 class Masters:

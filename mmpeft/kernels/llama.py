@@ -5,8 +5,8 @@ block is in `llama_block`. Rows may hold packed documents (`documents.Documents`
 each, and no token is asked to predict the next document's first, so that a packed row's loss and gradients are those of
 its documents alone.
 
-Limits: causal attention (right padding is fine), frozen norms, biases and head. Dropout is right but takes the long way
-(each masked copy is materialised, and the MLP's sweep is not used).
+Limits: causal attention (right padding is fine), frozen norms, biases and head. Dropout draws one mask an input: q, k and
+v of a block share theirs, and gate and up (`dropout`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class FusedLlama(Masters):
     Args:
         embedding: [V, h]; head: [V, h]; final_norm: [h]. eps: of every norm.
         inv_freq: [d/2], fp32, with `rope_scale` on cos and sin. heads, kv_heads: counts. scale: of q k^T.
-        dropout: on every adapter's input, in `forward` and `loss`; masks are a function of `self.seed`, which each
-            forward advances, and are redrawn in the backward.
+        dropout: on every adapter's input, in `forward` and `loss`, one mask for those that share it; masks are a function of
+            `self.seed`, which each forward advances, and are redrawn in the backward.
     """
 
     embedding: Tensor
@@ -115,7 +115,7 @@ class FusedLlama(Masters):
     def draw(self) -> Dropped | None:
         """This forward's dropout masks."""
         dropped = Dropped(self.dropout, self.seed.clone()) if self.dropout else None
-        self.seed.add_(32 * len(self.blocks))
+        self.seed.add_(4 * len(self.blocks))
         return dropped
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class FusedLlama(Masters):
         B, S, h = x.shape
         layout = self._layout((B, S), documents)
         x, delta, scaling = x.reshape(B * S, h).contiguous(), None, None
-        self.blocks[0].sweep_config(B * S)  # tuned now, while memory is still free
+        self.blocks[0].sweep_config(B * S, dropped is not None)  # tuned now, while memory is still free
         for i, block in enumerate(self.blocks):
             x, delta, kept = block.forward(x, delta, scaling, layout, _sites(dropped, i))
             scaling = block.down.scaling

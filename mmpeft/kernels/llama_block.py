@@ -12,6 +12,11 @@ output are rebuilt by the backward kernels that need them. Layout of the low-ran
 DoRA (`magnitude`): products give z, and what reads it applies the factors: RoPE, SwiGLU and the next add+norm. Kept is z
 (of q|k|v in place of the rotated ones, of o and down besides); every dy becomes dz before LoRA's own backward runs on it.
 
+Dropout (`dropout`): every shrink masks its input as it reads it, SwiGLU's among them. In the backward, the adapters' part
+of dx is masked and added to the base weight's (in the MLP's sweep for down), and the rebuilt norm outputs are written
+dropped. More traffic than without: 16h bytes a token, 4h each for the dx of qkv and gate|up and 8h for that of o, whose
+input is copied dropped besides.
+
 Packed documents change two things: RoPE reads cos and sin by token instead of by place in the row (the same kernel on
 tables [T, d/2]), and attention gets the documents (`attention.forward`).
 """
@@ -19,7 +24,7 @@ tables [T, d/2]), and attention gets the documents (`attention.forward`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -92,10 +97,7 @@ class Block:
         del n
         f = gate_up.shape[1] // 2
         act = self.down.wide(T, f)
-        S_d = fused_ops.swiglu_shrink(gate_up, act, self.down.packed.A, self.gate_up.scaling)
-        if sites[3] is not None:
-            S_d = self.down.shrink(act[:, :f], sites[3])
-            act[:, f:].copy_(S_d)
+        S_d = fused_ops.swiglu_shrink(gate_up, act, self.down.packed.A, self.gate_up.scaling, sites[3])
         self.down.packed.load()
         delta = linear(act, self.down.packed.forward_weight, self.down.bias)
         z_d = delta if self.down.magnitude else None
@@ -135,20 +137,25 @@ class Block:
         (T, h), f, acc = x.shape, gate_up.shape[1] // 2, accumulate
 
         dz = self._of_z(self.down, g, z_d, flat, acc)
-        dact = self.down.backward(dz, S_d, flat, acc, sites[3])
+        self.down.backward_B(dz, S_d, flat, acc)
         dgu = self.gate_up.wide(T, 2 * f)
-        self._mlp_backward(dact, gate_up, dgu, S_gu, dz, flat, acc, sites[3])
-        del gate_up, dact, S_d, dz, z_d
+        self._mlp_backward(gate_up, dgu, S_gu, dz, flat, acc, sites[3])
+        del gate_up, S_d, dz, z_d
 
         dn = self.gate_up.backward_x(dgu, sites[2])
         n, g_mid = torch.empty_like(x), self.o.wide(T, h)
-        fused_ops.rmsnorm_backward(dn, x_mid, rstd2, self.norm2, g[:, :h], g_mid[:, :h], n)
-        self.gate_up.backward_A(dgu, n, flat, acc, sites[2])
+        fused_ops.rmsnorm_backward(dn, x_mid, rstd2, self.norm2, g[:, :h], g_mid[:, :h], n, sites[2])
+        self.gate_up.backward_A(dgu, n, flat, acc)
         del dgu, x_mid, g, S_gu
 
         dz = self._of_z(self.o, g_mid, z_o, flat, acc)
-        do = self.o.backward(dz, S_o, flat, acc, sites[1])
-        self.o.backward_A(dz, o, flat, acc, sites[1])
+        self.o.backward_B(dz, S_o, flat, acc)
+        if sites[1] is None:
+            do, read = self.o.backward_x(dz, None), o
+        else:
+            do = self.o.backward_W(dz)
+            read = cast(Tensor, self.o.add_masked(do, dz, sites[1], o))
+        self.o.backward_A(dz, read, flat, acc)
         q, k, v = layout.split(qkv) if self.qkv.magnitude is None else self._rotated(qkv, layout)
         o4 = o.view(*layout.shape, layout.heads, -1)
         dq, dk, dv = attention.backward(do.view_as(o4), q, k, v, o4, kept, layout.scale, documents=layout.documents)
@@ -157,43 +164,43 @@ class Block:
         if self.qkv.magnitude is not None:
             dy = dqkv[:, : qkv.shape[1]]
             self.qkv.magnitude.backward(dy, qkv, dy, flat, acc)
-        del do, dq, dk, dv, q, k, v, o4, o, kept, qkv, dz, z_o
+        del do, dq, dk, dv, q, k, v, o4, o, read, kept, qkv, dz, z_o
 
         if need_dx:
             dn, g = self.qkv.backward(dqkv, S_qkv, flat, acc, sites[0]), below.wide(T, h)
-            fused_ops.rmsnorm_backward(dn, x, rstd1, self.norm1, g_mid[:, :h], g[:, :h], n)
-        else:  # nothing trains below: only the norm's output is wanted, for dA
-            self.qkv.backward_B(dqkv, S_qkv, flat, acc)
-            fused_ops.add_rmsnorm(x, None, self.norm1, layout.eps, n)
-            g = g_mid
+            fused_ops.rmsnorm_backward(dn, x, rstd1, self.norm1, g_mid[:, :h], g[:, :h], n, sites[0])
+            self.qkv.backward_A(dqkv, n, flat, acc)
+            return g
+        self.qkv.backward_B(dqkv, S_qkv, flat, acc)  # nothing trains below: only the norm's output is wanted, for dA
+        fused_ops.add_rmsnorm(x, None, self.norm1, layout.eps, n)
         self.qkv.backward_A(dqkv, n, flat, acc, sites[0])
-        return g
+        return g_mid
 
     def _mlp_backward(
-        self, dact: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, g: Tensor, flat: Tensor,
-        accumulate: bool, dropped: Dropped | None,
+        self, gate_up: Tensor, dgu: Tensor, S: Tensor, g: Tensor, flat: Tensor, accumulate: bool, dropped: Dropped | None,
     ) -> None:  # fmt: skip
         """dgu <- [dgate | dup | dS], and the gradients of B_gate, B_up and A_down: in one sweep where that is faster.
 
-        g: [T, h + R], as the down projection's backward left it; dact's memory is free afterwards.
+        g: the down projection's [dy | dS], [T, h + R]; the gradient of its input is made here.
         """
-        gu, down, f = self.gate_up, self.down, dact.shape[1]
-        config = None if dropped else self.sweep_config(dact.shape[0])
+        gu, down, f = self.gate_up, self.down, gate_up.shape[1] // 2
+        config = self.sweep_config(gate_up.shape[0], dropped is not None)
         if config is None:
-            dy = dgu[:, : 2 * f]
+            dact, dy = down.backward_x(g, dropped), dgu[:, : 2 * f]
             fused_ops.swiglu_backward(dact, gate_up, dy, dact, gu.scaling)  # dact now holds the activation itself
             if gu.magnitude is not None:
                 gu.magnitude.backward(dy, gate_up, dy, flat, accumulate)
             down.backward_A(g, dact, flat, accumulate, dropped)
             gu.backward_B(dgu, S, flat, accumulate)
             return
+        dact = down.backward_x(g, None) if dropped is None else down.backward_W(g)  # the sweep adds the masked part
         dA = flat[down.A_start : down.A_start + down.packed.ranks[0] * f]
         starts = iter(gu.B_starts)
         dB_gate, dB_up = (flat[next(starts) :] if r else dA for r in gu.packed.ranks)
         total = sweep.mlp_backward(
             dact, gate_up, dgu, S, g[:, down.packed.out_features :], gu.packed.B, self._ranks(),
             (gu.packed.scales[0], gu.packed.scales[1]), dB_gate, dB_up, dA, config, accumulate=accumulate,
-            scaling=gu.scaling,
+            scaling=gu.scaling, masked=None if dropped is None else (dropped, down.packed.A),
         )  # fmt: skip
         if gu.magnitude is not None and total is not None:
             gu.magnitude.store(total, flat, accumulate)
@@ -202,10 +209,10 @@ class Block:
         (gate, up), (down,) = self.gate_up.packed.ranks, self.down.packed.ranks
         return gate, up, down
 
-    def sweep_config(self, T: int) -> sweep.Config | None:
+    def sweep_config(self, T: int, dropped: bool = False) -> sweep.Config | None:
         """The tile shape of the MLP's backward sweep for T rows, timed the first time; None where it is not used."""
         gu, down = self.gate_up.packed, self.down.packed
         if not use_triton(gu.A):
             return None
         scaled = self.gate_up.magnitude is not None
-        return sweep_plan.plan(T, down.in_features, gu.rank, self._ranks(), gu.dtype, gu.device, scaled)
+        return sweep_plan.plan(T, down.in_features, gu.rank, self._ranks(), gu.dtype, gu.device, scaled, dropped)

@@ -47,7 +47,7 @@ def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if not p or seed is None:
         return x
     if use_triton(x):
-        from mmpeft.kernels.elementwise import hash_dropout
+        from mmpeft.kernels.dropout_kernels import hash_dropout
 
         return hash_dropout(x, p, seed)
     return reference.dropout(x, p, seed)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import reference
+from mmpeft.kernels import dropout, reference
 from mmpeft.kernels.dispatch import use_triton
+from mmpeft.kernels.dropout import Dropped
 from mmpeft.kernels.lowrank import check, drop, mm_wide, seed_tensor
 
 RANK_MULTIPLE = 16  # 32-byte rows for the rank columns: keeps every operand aligned for the tensor cores
@@ -133,14 +134,14 @@ def lowrank_group(
     """The group's linears on one x: list of [..., out_i], views of one tensor.
 
     `group.refresh(As, Bs)` must have run since the masters last changed; the masters are given here because they
-    receive the gradients. With dropout, member i draws its own mask, from seed + i.
+    receive the gradients. With dropout, all members read the same dropped x, as one linear with all their rows would.
     """
     check(x, group.weights, As, Bs, dropout_p, seed)
     if not use_triton(x):
         biases = [None] * len(As) if group.bias is None else list(group.bias.split_with_sizes(group.outs))
         return [
-            reference.lowrank_linear(x, w, b, A, B, s, dropout_p=dropout_p, seed=None if seed is None else seed + i)
-            for i, (w, b, A, B, s) in enumerate(zip(group.weights, biases, As, Bs, group.scales, strict=True))
+            reference.lowrank_linear(x, w, b, A, B, s, dropout_p=dropout_p, seed=seed)
+            for w, b, A, B, s in zip(group.weights, biases, As, Bs, group.scales, strict=True)
         ]
     y, _ = torch.ops.mmpeft.lowrank_group(
         x, group.buffer, group.bias, list(As), list(Bs), group.outs, group.scales, dropout_p, seed_tensor(seed, x)
@@ -162,18 +163,6 @@ def _extended(narrow: Tensor, R: int) -> Tensor:
     return buffer
 
 
-def _shrink(x: Tensor, a: Tensor, As: list[Tensor], p: float, seed: Tensor | None) -> Tensor:
-    """S = x A^T [T, R], each member's columns from its own dropped copy of x."""
-    if not p or seed is None:
-        return x @ a.mT
-    S, first = x.new_zeros(x.shape[0], a.shape[0]), 0
-    for i, A in enumerate(As):
-        r = A.shape[0]
-        S[:, first : first + r] = drop(x, p, seed + i) @ a[first : first + r].mT
-        first += r
-    return S
-
-
 @torch.library.custom_op("mmpeft::lowrank_group", mutates_args=())
 def _group(
     x: Tensor,
@@ -189,7 +178,7 @@ def _group(
     n_in = x.shape[-1]
     flat = x.reshape(-1, n_in)
     out, R, a, b = _views(P, outs, n_in, As)
-    S = _shrink(flat, a, As, p, seed)
+    S = dropout.shrink(flat, a, Dropped(p, seed)) if p and seed is not None else flat @ a.mT
     if n_in < out:
         wide = _extended(flat, R)
         wide[:, n_in:].copy_(S)
@@ -233,21 +222,17 @@ def _group_backward(
     flat, dy2 = x.reshape(-1, n_in), dy.reshape(-1, dy.shape[-1])
     out, R, a, b = _views(P, outs, n_in, As)
     dS = dy2 @ b
-    dAs, dBs, row, first = [], [], 0, 0
-    for i, (A, o, s) in enumerate(zip(As, outs, scales, strict=True)):
+    dBs, row, first = [], 0, 0
+    for A, o, s in zip(As, outs, scales, strict=True):
         ranks = slice(first, first + A.shape[0])
         dBs.append(mm_wide(dy2[:, row : row + o].mT, S[:, ranks]).mul(s).reshape(-1))
-        dAs.append(mm_wide(dS[:, ranks].mT, drop(flat, p, None if seed is None else seed + i)))
         row, first = row + o, ranks.stop
-    dA, dB = torch.cat(dAs).to(As[0].dtype), torch.cat(dBs).to(As[0].dtype)
+    dA, dB = mm_wide(dS[:, :first].mT, drop(flat, p, seed)).to(As[0].dtype), torch.cat(dBs).to(As[0].dtype)
     if not need_dx:
         return x.new_empty(0), dA, dB
     if p and seed is not None:
-        dx, first = dy2 @ P[:out, :n_in], 0
-        for i, A in enumerate(As):
-            ranks = slice(first, first + A.shape[0])
-            dx.add_(drop(dS[:, ranks] @ a[ranks], p, seed + i))
-            first = ranks.stop
+        dx = dy2 @ P[:out, :n_in]
+        dropout.add_masked(dx, dS, a, Dropped(p, seed))
     elif out < n_in:
         wide = _extended(dy2, R)
         wide[:, out:].copy_(dS)

@@ -26,27 +26,39 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def keep_threshold(p: float) -> int:
-    """An entry is dropped when its 32-bit hash is below this: P(drop) = p to within 2^-32."""
-    return min(int(p * 2**32), MASK32)
+    """An entry is dropped when its 16-bit hash is below this: P(drop) is p rounded to 1/65536."""
+    return min(round(p * 65536), 65535)
+
+
+def inverse_keep(p: float) -> float:
+    """One over the probability of an entry to stay, exactly that of the mask."""
+    return 65536 / (65536 - keep_threshold(p))
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor | int, device: torch.device | str = "cpu") -> Tensor:
     """Keep-mask [rows, cols], bool. Same seed, same mask, on every device.
+
+    A 32-bit hash of the row's key and the pair's number gives two neighbouring columns 16 bits each. Two rounds of
+    multiply and shift, the second with the row's key again, so that rows whose keys are near are not rearrangements of
+    each other.
 
     Args:
         p: probability of a zero, 0 <= p < 1.
         seed: integer, or an int64 tensor of one element (read on the device: safe in a CUDA graph).
     """
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
-    row = _mix32((torch.arange(rows, device=device) + seed * 0x9E3779B1) & MASK32)
-    hashed = _mix32(_mix32(row[:, None] ^ torch.arange(cols, device=device)[None, :]) ^ row[:, None])
-    return hashed >= keep_threshold(p)
+    key = _mix32((torch.arange(rows, device=device) + seed * 0x9E3779B1) & MASK32)[:, None]
+    h = ((key ^ torch.arange((cols + 1) // 2, device=device)) * 0x7FEB352D) & MASK32
+    h = h ^ (h >> 15) ^ ((key * 0x9E3779B1) & MASK32)
+    h = (h * 0x846CA68B) & MASK32
+    bits = torch.stack([(h ^ (h >> 16)) & 0xFFFF, h >> 16], -1)  # even columns, odd columns
+    return bits.flatten(1)[:, :cols] >= keep_threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | int) -> Tensor:
     """Inverted dropout of x [..., in] with the mask of `seed`, rows counted over the flattened leading axes."""
     keep = dropout_mask(x[..., 0].numel(), x.shape[-1], p, seed, x.device).view(x.shape)
-    return x * keep / (1 - p)
+    return x * keep * inverse_keep(p)
 
 
 def lowrank_linear(

@@ -11,6 +11,9 @@ dgate, dup once, five passes:
 
 The forward does the same for S_down = h A_down^T: h is written for the GEMM and not read again for the shrink.
 
+Under dropout S_down and dA_down read drop(h), and dh lacks the adapter's part, which the sweep adds from the tile's own
+product, mask (dS_down A_down): no pass and no [T, f] tensor more than without.
+
 A program owns `BN` columns and one chunk of rows. Partial sums go to scratch buffers that two small kernels add up in
 a fixed order, so the result does not change from run to run (no atomics).
 """
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor
 
 from mmpeft.kernels.dispatch import next_power_of_2
+from mmpeft.kernels.dropout import Dropped
+from mmpeft.kernels.dropout_kernels import dropped_value, keep_mask, masking, pin, pins, row_key
 from mmpeft.kernels.tritonlib import jit, tl, triton
 
 MAX_RANK = 32  # wider ranks do not fit the registers: the caller uses the unfused form
@@ -33,20 +38,10 @@ Config = tuple[int, int, int, int]  # columns, rows a step, warps, stages
 
 
 @jit
-def _pin(x, PIN: tl.constexpr):
-    """x, in the layout it was computed in. Without this the compiler moves the arithmetic into the layout of the matrix
-    product's operand, where every warp holds the whole tile, and spills.
-    """
-    if PIN:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
-    return x
-
-
-@jit
-def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_part,
-           ldd, ldg, ldo, lds, ldn, ldb, T, F, R, r_gate, r_up, r_down,
+def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, dm_part,
+           ldd, ldg, ldo, lds, ldn, ldb, lda, T, F, R, r_gate, r_up, r_down, seed, site, threshold, inverse_keep,
            ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr,
-           SCALE: tl.constexpr):  # fmt: skip
+           SCALE: tl.constexpr, DROP: tl.constexpr):  # fmt: skip
     block, chunk = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BN)
     k = tl.arange(0, RP)
@@ -68,6 +63,11 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_p
     w_up = tl.zeros((BN, RP), tl.float32)
     w_down = tl.zeros((BN, RP), tl.float32)
     dtype = dgu.dtype.element_ty
+    if DROP:
+        mask_seed = tl.load(seed) + site
+        pairs = (block * (BN // 2) + tl.arange(0, BN // 2))[None, :]
+        at = k[None, :] * lda + (block * BN + c)[:, None]
+        a_down = tl.load(A + at, mask=(k < r_down)[None, :] & inside_c[:, None], other=0.0)  # [BN, RP]
     if SCALE:
         factor += block * BN + c
         bias += block * BN + c
@@ -80,16 +80,23 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_p
     for i in range(0, ROWS, BM):
         inside_r = (r < T - chunk * ROWS - i)[:, None]
         inside = inside_r & inside_c[None, :]
+        s_down = tl.load(dS_down + (r[:, None] * ldn + k[None, :]), mask=inside_r & (k < r_down)[None, :], other=0.0)
+        if DROP:  # [BN, BM]: split over all warps, where [BM, BN] would be whole in every warp, and spill
+            low = tl.trans(tl.dot(a_down, tl.trans(s_down), input_precision="ieee").to(dtype))
         d = tl.load(dh + (r[:, None] * ldd + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         g = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         u = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-        s_down = tl.load(dS_down + (r[:, None] * ldn + k[None, :]), mask=inside_r & (k < r_down)[None, :], other=0.0)
         if SCALE:
             g = g * f_gate + o_gate
             u = u * f_up + o_up
         sig = tl.sigmoid(g)
         silu = g * sig
-        h = _pin((silu * u).to(dtype), PIN)
+        h = (silu * u).to(dtype)
+        if DROP:
+            keep = keep_mask(row_key(mask_seed, first + i + r)[:, None], pairs, threshold)
+            h = tl.where(keep, h.to(tl.float32) * inverse_keep, 0.0).to(dtype)
+            d += tl.where(keep, low.to(tl.float32) * inverse_keep, 0.0)
+        h = pin(h, PIN)
         w_down += tl.dot(tl.trans(h), s_down, input_precision="ieee")
 
         wide_up = d * silu
@@ -97,7 +104,7 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_p
             z = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
             m_up += tl.sum(wide_up * z, 0)
             wide_up = wide_up * f_up
-        d_up = _pin(wide_up.to(dtype), PIN)
+        d_up = pin(wide_up.to(dtype), PIN)
         tl.store(dgu + F + (r[:, None] * ldo + c[None, :]), d_up, mask=inside)
         s_up = tl.load(S + r_gate + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_up)[None, :], other=0.0)
         w_up += tl.dot(tl.trans(d_up), s_up, input_precision="ieee")
@@ -110,7 +117,7 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dm_p
             z = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
             m_gate += tl.sum(wide_gate * z, 0)
             wide_gate = wide_gate * f_gate
-        d_gate = _pin(wide_gate.to(dtype), PIN)
+        d_gate = pin(wide_gate.to(dtype), PIN)
         tl.store(dgu + (r[:, None] * ldo + c[None, :]), d_gate, mask=inside)
         s_gate = tl.load(S + (r[:, None] * lds + k[None, :]), mask=inside_r & (k < r_gate)[None, :], other=0.0)
         w_gate += tl.dot(tl.trans(d_gate), s_gate, input_precision="ieee")
@@ -151,8 +158,9 @@ def _finish_S(
 
 
 @jit
-def _swiglu_shrink(gate_up, act, A, part, factor, bias, ldg, lda, ldw, T, F, R, BM: tl.constexpr, BN: tl.constexpr,
-                   RP: tl.constexpr, PIN: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+def _swiglu_shrink(gate_up, act, A, part, factor, bias, ldg, lda, ldw, T, F, R, seed, site, threshold, inverse_keep,
+                   BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, PIN: tl.constexpr, SCALE: tl.constexpr,
+                   DROP: tl.constexpr):  # fmt: skip
     block = tl.program_id(0)
     rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     cols = (block * BN + tl.arange(0, BN))[None, :]
@@ -162,8 +170,13 @@ def _swiglu_shrink(gate_up, act, A, part, factor, bias, ldg, lda, ldw, T, F, R, 
     if SCALE:
         g = g * tl.load(factor + cols, mask=cols < F, other=0.0) + tl.load(bias + cols, mask=cols < F, other=0.0)
         u = u * tl.load(factor + F + cols, mask=cols < F, other=0.0) + tl.load(bias + F + cols, mask=cols < F, other=0.0)
-    h = _pin((g * tl.sigmoid(g) * u).to(act.dtype.element_ty), PIN)
+    h = pin((g * tl.sigmoid(g) * u).to(act.dtype.element_ty), PIN)
     tl.store(act + rows * lda + cols, h, mask=inside)
+    if DROP:
+        pairs = (block * (BN // 2) + tl.arange(0, BN // 2))[None, :]
+        key = row_key(tl.load(seed) + site, rows)
+        h = dropped_value(h.to(tl.float32), key, pairs, threshold, inverse_keep).to(act.dtype.element_ty)
+        h = pin(h, PIN)
     c = block * BN + tl.arange(0, BN)[:, None]
     k = tl.arange(0, RP)[None, :]
     a = tl.load(A + k * ldw + c, mask=(c < F) & (k < R), other=0.0)  # [BN, RP]
@@ -198,6 +211,7 @@ def mlp_backward(
     dh: Tensor, gate_up: Tensor, dgu: Tensor, S: Tensor, dS_down: Tensor, B: Tensor, ranks: tuple[int, int, int],
     scales: tuple[float, float], dB_gate: Tensor, dB_up: Tensor, dA_down: Tensor, config: Config,
     *, accumulate: bool = False, scaling: tuple[Tensor, Tensor] | None = None,
+    masked: tuple[Dropped, Tensor] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """One sweep over the MLP's backward.
 
@@ -210,6 +224,8 @@ def mlp_backward(
         config: one of `configs(ranks)`.
         scaling: DoRA's factor and bias [2f], fp32: gate_up is z, what the activation sees is factor * z + bias, dgu is
             filled with z's gradient, and the sum over T of (gradient of what it sees) * z [2f] is returned.
+        masked: dropout of the down projection's low-rank input, and its A [>= r_down, f]: dh is then the base weight's
+            part alone.
     """
     (T, F), R, (r_gate, r_up, r_down) = dh.shape, S.shape[1], ranks
     BN, BM, warps, stages = config
@@ -221,10 +237,12 @@ def mlp_backward(
     dW_part = torch.empty(chunks, 3, F, RP, dtype=torch.float32, device=dh.device)
     dm_part = None if scaling is None else torch.empty(chunks, 2 * F, dtype=torch.float32, device=dh.device)
     factor, bias = (dW_part, dW_part) if scaling is None else scaling
+    dropped, A = (None, B) if masked is None else masked
     _sweep[(blocks, chunks)](
-        dh, gate_up, dgu, S, dS_down, B, dS_part, dW_part, factor, bias, dW_part if dm_part is None else dm_part,
-        dh.stride(0), gate_up.stride(0), dgu.stride(0), S.stride(0), dS_down.stride(0), B.stride(0), T, F, R, *ranks,
-        ROWS=rows, BM=BM, BN=BN, RP=RP, PIN=_pins(dh), SCALE=scaling is not None, num_warps=warps, num_stages=stages,
+        dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, dW_part if dm_part is None else dm_part,
+        dh.stride(0), gate_up.stride(0), dgu.stride(0), S.stride(0), dS_down.stride(0), B.stride(0),
+        A.stride(0), T, F, R, *ranks, *masking(dropped, S), ROWS=rows, BM=BM, BN=BN, RP=RP, PIN=pins(dh),
+        SCALE=scaling is not None, DROP=dropped is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = dgu[:, 2 * F :]
     _finish_S[(triton.cdiv(T, 32),)](
@@ -251,7 +269,8 @@ def configs(ranks: tuple[int, int, int]) -> list[Config]:
     """Tile shapes worth timing for these ranks; none where the sweep does not fit.
 
     ptxas for sm_90 spills at most 8 bytes (with DoRA's factors 408 of the first and 208 of the first of rank 32, the others
-    none). The last of each fits a multiprocessor twice, or with 512 threads: more loads in flight from smaller tiles.
+    none; with dropout 192 and 80; with both 624 and 504, the others at most 160). The last of each fits a multiprocessor
+    twice, or with 512 threads: more loads in flight from smaller tiles.
     """
     wide = max(16, next_power_of_2(max(ranks)))
     return {
@@ -260,8 +279,11 @@ def configs(ranks: tuple[int, int, int]) -> list[Config]:
     }.get(wide, [])
 
 
-def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor, scaling: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = h A^T; returns S [T, R], contiguous. A: [R, f].
+def swiglu_shrink(
+    gate_up: Tensor, act: Tensor, A: Tensor, scaling: tuple[Tensor, Tensor] | None = None,
+    dropped: Dropped | None = None,
+) -> Tensor:  # fmt: skip
+    """Fills act [T, f + R] with [h | S], h = silu(gate) * up, S = drop(h) A^T; returns S [T, R], contiguous. A: [R, f].
 
     scaling: factor and bias [2f], fp32, applied to gate_up before."""
     T, F, R = gate_up.shape[0], gate_up.shape[1] // 2, A.shape[0]
@@ -271,7 +293,8 @@ def swiglu_shrink(gate_up: Tensor, act: Tensor, A: Tensor, scaling: tuple[Tensor
     factor, bias = (part, part) if scaling is None else scaling
     _swiglu_shrink[(blocks, triton.cdiv(T, BM))](
         gate_up, act, A, part, factor, bias, gate_up.stride(0), act.stride(0), A.stride(0), T, F, R,
-        BM=BM, BN=BN, RP=RP, PIN=_pins(act), SCALE=scaling is not None, num_warps=8,
+        *masking(dropped, part), BM=BM, BN=BN, RP=RP, PIN=pins(act), SCALE=scaling is not None,
+        DROP=dropped is not None, num_warps=8,
     )  # fmt: skip
     S = torch.empty(T, R, dtype=act.dtype, device=act.device)
     wide = act[:, F:]
@@ -293,10 +316,6 @@ def _rows_of_a_chunk(T: int, blocks: int, BM: int, processors: int) -> int:
     good = [n for n in range(1, most + 1) if filled(n) >= 0.96]
     chunks = good[0] if good else max(range(1, most + 1), key=filled)
     return int(triton.cdiv(triton.cdiv(T, chunks), BM)) * BM
-
-
-def _pins(t: Tensor) -> bool:
-    return t.is_cuda and t.element_size() == 2
 
 
 def _processors(t: Tensor) -> int:

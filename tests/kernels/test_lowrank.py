@@ -147,7 +147,7 @@ def test_dropout_statistics_and_independence():
 
 
 def test_triton_dropout_is_the_same_mask(device):
-    from mmpeft.kernels.elementwise import hash_dropout
+    from mmpeft.kernels.dropout_kernels import hash_dropout
 
     x = torch.randn(37, 300, device=device)
     for seed in (0, 7, 2**33 + 1):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.kernels import dispatch, fuse, magnitude, sweep_plan
+from mmpeft.kernels import dispatch, fuse, magnitude, reference, sweep_plan
 from mmpeft.kernels.magnitude import Magnitude
 from mmpeft.kernels.packed import PackedGroup
 
@@ -141,6 +141,45 @@ def test_dropout_changes_the_low_rank_input_alone(device):
         model.eval()
         ours = run(model)
     same(ours, run(model))
+
+
+@pytest.mark.parametrize("swept", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients_with_dropout(backend, swept, device, monkeypatch):
+    """y = g (x W^T + s drop(x) A^T B^T) + b with g = m / ||W + s B A|| detached, one mask a group: autograd's gradients."""
+    if not swept:
+        monkeypatch.setattr(sweep_plan, "plan", lambda *_: None)
+    model = adapted(device, names="", num_hidden_layers=1, attention_bias=True).requires_grad_(False)
+
+    def make(*shape):
+        return nn.Parameter(0.3 * torch.randn(*shape, device=device))
+
+    place = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+    linears = {n: m for n, m in model.named_modules() if n.split(".")[-1] in place}
+    pairs = {
+        n: fuse.LowRank(make(3, m.in_features), make(m.out_features, 3), 0.7, nn.Parameter(0.5 + torch.rand(m.out_features).to(device)))
+        for n, m in linears.items()
+    }  # fmt: skip
+    masters = [t for a in pairs.values() for t in (a.A, a.B, a.m)]
+    ids = IDS.to(device)
+    with dispatch.backend(backend):
+        fused = fuse.from_model(model, pairs, dropout=0.3)
+        seed = fused.seed.clone()
+        loss = fused.loss(ids, ids)
+        ours = torch.autograd.grad(loss, masters)
+    for name, m in linears.items():
+        a = pairs[name]
+        at, factor = seed + place[name.split(".")[-1]], a.m / (m.weight + a.scale * a.B @ a.A).norm(dim=1).detach()
+
+        def forward(x, m=m, a=a, g=factor, at=at):
+            z = reference.lowrank_linear(x, m.weight, None, a.A, a.B, a.scale, dropout_p=0.3, seed=at)
+            return g * z if m.bias is None else g * z + m.bias
+
+        m.forward = forward
+    want = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    for a, b in zip(ours, torch.autograd.grad(want, masters), strict=True):
+        assert (a - b).norm() <= 5e-4 * b.norm() + 1e-7
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -37,7 +37,9 @@ class LoRA(Method, name="lora"):
     Args:
         rank: inner width, 1 to min(out, in).
         alpha: numerator of the scale; None means `rank`, a scale of 1.
-        dropout: on the adapter's input, in training; needs a site that is called (not one whose weight is read).
+        dropout: on the adapter's input, in training; needs a site that is called (not one whose weight is read). Every site
+            draws a mask of its own; inside the fused blocks of `mmpeft.compile`, linears that share their input (q, k and
+            v; gate and up) share its mask.
         rslora: scale alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732).
         lr_ratio: learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper suggests 16).
         init_from: "default" (A Kaiming-uniform, B 0), "gaussian" (A N(0, 1/rank)), "orthogonal" (A of orthogonal rows),
