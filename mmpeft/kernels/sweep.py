@@ -73,10 +73,8 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, d
         bias += block * BN + c
         f_gate = tl.load(factor, mask=inside_c, other=0.0)[None, :]
         f_up = tl.load(factor + F, mask=inside_c, other=0.0)[None, :]
-        o_gate = tl.load(bias, mask=inside_c, other=0.0)[None, :]
-        o_up = tl.load(bias + F, mask=inside_c, other=0.0)[None, :]
-        m_gate = tl.zeros((BN,), tl.float32)
-        m_up = tl.zeros((BN,), tl.float32)
+        m_gate = tl.zeros((BM, BN), tl.float32)  # summed over rows once, at the end
+        m_up = tl.zeros((BM, BN), tl.float32)
     for i in range(0, ROWS, BM):
         inside_r = (r < T - chunk * ROWS - i)[:, None]
         inside = inside_r & inside_c[None, :]
@@ -84,11 +82,13 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, d
         if DROP:  # [BN, BM]: split over all warps, where [BM, BN] would be whole in every warp, and spill
             low = tl.trans(tl.dot(a_down, tl.trans(s_down), input_precision="ieee").to(dtype))
         d = tl.load(dh + (r[:, None] * ldd + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+        z_gate = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0)
+        z_up = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0)
+        g, u = z_gate.to(tl.float32), z_up.to(tl.float32)
         if SCALE:
-            g = g * f_gate + o_gate
-            u = u * f_up + o_up
+            z_gate, z_up = pin(z_gate, PIN), pin(z_up, PIN)  # kept as they came: half the registers of g and u
+            g = g * f_gate + tl.load(bias, mask=inside_c, other=0.0)[None, :]
+            u = u * f_up + tl.load(bias + F, mask=inside_c, other=0.0)[None, :]
         sig = tl.sigmoid(g)
         silu = g * sig
         h = (silu * u).to(dtype)
@@ -100,9 +100,8 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, d
         w_down += tl.dot(tl.trans(h), s_down, input_precision="ieee")
 
         wide_up = d * silu
-        if SCALE:  # z is read again (from L2) rather than held in registers
-            z = tl.load(gate_up + F + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-            m_up += tl.sum(wide_up * z, 0)
+        if SCALE:
+            m_up += wide_up * z_up.to(tl.float32)
             wide_up = wide_up * f_up
         d_up = pin(wide_up.to(dtype), PIN)
         tl.store(dgu + F + (r[:, None] * ldo + c[None, :]), d_up, mask=inside)
@@ -114,8 +113,7 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, d
 
         wide_gate = d * u * (sig + silu * (1 - sig))
         if SCALE:
-            z = tl.load(gate_up + (r[:, None] * ldg + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-            m_gate += tl.sum(wide_gate * z, 0)
+            m_gate += wide_gate * z_gate.to(tl.float32)
             wide_gate = wide_gate * f_gate
         d_gate = pin(wide_gate.to(dtype), PIN)
         tl.store(dgu + (r[:, None] * ldo + c[None, :]), d_gate, mask=inside)
@@ -136,8 +134,8 @@ def _sweep(dh, gate_up, dgu, S, dS_down, B, A, dS_part, dW_part, factor, bias, d
     tl.store(out + 2 * F * RP, w_down, mask=inside_c[:, None])
     if SCALE:
         dm_part += (chunk * 2 * F + block * BN).to(tl.int64) + c
-        tl.store(dm_part, m_gate, mask=inside_c)
-        tl.store(dm_part + F, m_up, mask=inside_c)
+        tl.store(dm_part, tl.sum(m_gate, 0), mask=inside_c)
+        tl.store(dm_part + F, tl.sum(m_up, 0), mask=inside_c)
 
 
 @jit
@@ -268,9 +266,9 @@ def mlp_backward(
 def configs(ranks: tuple[int, int, int]) -> list[Config]:
     """Tile shapes worth timing for these ranks; none where the sweep does not fit.
 
-    ptxas for sm_90 spills at most 8 bytes (with DoRA's factors 408 of the first and 208 of the first of rank 32, the others
-    none; with dropout 192 and 80; with both 624 and 504, the others at most 160). The last of each fits a multiprocessor
-    twice, or with 512 threads: more loads in flight from smaller tiles.
+    ptxas for sm_90 spills at most 8 bytes without flags, at most 24 with DoRA's factors and none with dropout, but for the first of
+    each rank (up to 328 bytes, with both flags more). The last of each fits a multiprocessor twice, or with 512 threads:
+    more loads in flight from smaller tiles.
     """
     wide = max(16, next_power_of_2(max(ranks)))
     return {
