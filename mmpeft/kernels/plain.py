@@ -95,7 +95,8 @@ def _epilogue_pays(rows: int, n_in: int, out: int, dtype: torch.dtype, device: i
         if not _epilogue_is_tanh(dtype, device):
             return False
         candidates = {"epilogue": epilogue, "apart": apart}
-        return tuning.choose("gelu", (rows, n_in, out, dtype), candidates, place, otherwise="apart") == "epilogue"
+        key, timer = (rows, n_in, out, dtype), tuning.device_milliseconds
+        return tuning.choose("gelu", key, candidates, place, otherwise="apart", timer=timer) == "epilogue"
 
 
 @functools.cache

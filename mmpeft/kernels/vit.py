@@ -8,6 +8,9 @@ A block keeps, a token, 20 h bytes in half precision (x, q, k, v, the attention'
 the rank-wide products; norm and GELU outputs are rebuilt by the backward kernels that need them. Where no gradient can
 flow (a frozen tower over pixels) nothing is kept. Linears without an adapter have no rank columns (`plain.Plain`).
 
+Where a kernel allows (`vit_sweep`: no dropout, ranks up to 32), GELU goes with fc2's shrink in one pass, and its gradient
+with fc1's dS and dB and fc2's dA. Each block's gradient is written where fc2's backward below reads it.
+
 The stack runs whole (one autograd node) or block by block (`OneBlock`, for callers that look at what is between the
 blocks); both read the same weights and masters. `fuse_vit` finds the parts in a model. Limits: frozen norms, biases and
 layer scales, no mask, no drop path. Layout of the low-rank path: `packed.PackedGroup`.
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import attention, fused_ops, recorded
+from mmpeft.kernels import attention, fused_ops, recorded, vit_sweep
 from mmpeft.kernels.adamw import Refresher, Slot
+from mmpeft.kernels.dispatch import use_triton
 from mmpeft.kernels.group import Dropped, Group, Masters, linear
 from mmpeft.kernels.plain import Plain
 
@@ -167,7 +171,7 @@ class FusedVit(Masters):
         n = block.qkv.wide(rows, h)
         x, mean1, rstd1 = _norm(x, pending, block.norm1, n[:, :h])
         qkv, S_qkv = block.qkv.forward(n, sites[0])
-        o, kept = attention.forward(*self._heads(qkv, shape), self.scale, causal=False)
+        o, kept = attention.forward(*self._heads(qkv, shape), self.scale, causal=False, keep=keep)
         o = o.reshape(rows, h)
         delta, S_o = _narrow(block.proj, o, sites[1])
         n = block.fc1.wide(rows, h)
@@ -178,8 +182,13 @@ class FusedVit(Masters):
         u, S_1 = block.fc1.forward(n, sites[2])
         f = u.shape[1]
         g = block.fc2.wide(rows, f)
-        fused_ops.gelu(u, g[:, :f], self.gelu)
-        delta, S_2 = block.fc2.forward(g, sites[3])
+        if isinstance(block.fc2, Group) and sites[3] is None and use_triton(u) and vit_sweep.shrinks(block.fc2.packed.rank):
+            S_2: Tensor | None = vit_sweep.gelu_shrink(u, g, block.fc2.packed.A, self.gelu)
+            block.fc2.packed.load()
+            delta = linear(g, block.fc2.packed.forward_weight, block.fc2.bias)
+        else:
+            fused_ops.gelu(u, g[:, :f], self.gelu)
+            delta, S_2 = block.fc2.forward(g, sites[3])
         saved = (x, mean1, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, mean2, rstd2, S_1, u, S_2)
         return x_mid, (delta, block.scale2), saved
 
@@ -191,31 +200,45 @@ class FusedVit(Masters):
             raise ConfigError(
                 "this tape's backward has run: its tensors were freed on the way (retain_graph is not supported)"
             )
-        g, tape.gradient = tape.gradient, None
-        begin = self.starts[tape.first]
-        for i in range(tape.first + len(tape.blocks) - 1, tape.first - 1, -1):
+        gradient, tape.gradient = tape.gradient, None
+        begin, last = self.starts[tape.first], tape.first + len(tape.blocks) - 1
+        g, wide = _room(self.blocks[last], gradient)
+        if self.blocks[last].scale2 is None:
+            g.copy_(gradient)  # of every other block, the norm's backward writes it here
+        else:
+            g = gradient
+        del gradient
+        for i in range(last, tape.first - 1, -1):
             mine = flat[self.starts[i] - begin : self.starts[i + 1] - begin]
             sites = _sites(tape.dropped, i)
-            g = self._block_backward(self.blocks[i], g, tape.blocks.pop(), mine, accumulate, tape.shape, sites)
+            below = self.blocks[i - 1] if i > tape.first else None
+            g, wide = self._block_backward(
+                self.blocks[i], below, g, wide, tape.blocks.pop(), mine, accumulate, tape.shape, sites,
+                need_dx or below is not None,
+            )  # fmt: skip
         return g.reshape(*tape.shape, -1) if need_dx else None
 
     def _block_backward(
-        self, block: VitBlock, g: Tensor, saved: tuple[Any, ...], flat: Tensor, accumulate: bool, shape: tuple[int, int],
-        sites: tuple[Dropped | None, ...],
-    ) -> Tensor:  # fmt: skip
+        self, block: VitBlock, below: VitBlock | None, g: Tensor, wide: Tensor, saved: tuple[Any, ...], flat: Tensor,
+        accumulate: bool, shape: tuple[int, int], sites: tuple[Dropped | None, ...], need_dx: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The output's gradient g, in fc2's `wide` (`_room`) -> that of x, in the room of the block `below` likewise."""
         x, mean1, rstd1, S_qkv, qkv, o, kept, S_o, x_mid, mean2, rstd2, S_1, u, S_2 = saved
         del saved
         (rows, h), f, acc = x.shape, u.shape[1], accumulate
 
-        wide = block.fc2.wide(rows, h)
-        _scaled(g, block.scale2, wide[:, :h])
+        if block.scale2 is not None:
+            torch.mul(g, block.scale2, out=wide[:, :h])
         dg = block.fc2.backward(wide, S_2, flat, acc, sites[3])
         du = block.fc1.wide(rows, f)
-        fused_ops.gelu_backward(dg, u, du[:, :f], dg, self.gelu)  # dg now holds the activation itself
-        block.fc2.backward_A(wide, dg, flat, acc, sites[3])
+        if self._swept(block, dg, u, du, wide, S_1, flat, acc, sites[3]):
+            dn = block.fc1.backward_x(du, sites[2]) if isinstance(block.fc1, Group) else du @ block.fc1.W
+        else:
+            fused_ops.gelu_backward(dg, u, du[:, :f], dg, self.gelu)  # dg now holds the activation itself
+            block.fc2.backward_A(wide, dg, flat, acc, sites[3])
+            dn = block.fc1.backward(du, S_1, flat, acc, sites[2])
         del u, dg, wide
 
-        dn = block.fc1.backward(du, S_1, flat, acc, sites[2])
         n, dmid = torch.empty_like(x), block.proj.wide(rows, h)
         g_mid = dmid[:, :h] if block.scale1 is None else torch.empty_like(x)
         _norm_backward(dn, x_mid, mean2, rstd2, block.norm2, g, g_mid, n)
@@ -223,7 +246,7 @@ class FusedVit(Masters):
         del du, x_mid, g
 
         if block.scale1 is not None:
-            _scaled(g_mid, block.scale1, dmid[:, :h])
+            torch.mul(g_mid, block.scale1, out=dmid[:, :h])
         do = block.proj.backward(dmid, S_o, flat, acc, sites[1])
         block.proj.backward_A(dmid, o, flat, acc, sites[1])
         q, k, v = self._heads(qkv, shape)
@@ -234,10 +257,38 @@ class FusedVit(Masters):
             dqkv[:, i * h : (i + 1) * h].copy_(d.reshape(rows, h))
         del do, grads, q, k, v, o4, o, kept, qkv
 
-        dn, out = block.qkv.backward(dqkv, S_qkv, flat, acc, sites[0]), torch.empty_like(x)
-        _norm_backward(dn, x, mean1, rstd1, block.norm1, g_mid, out, n)
+        out, wide = (g_mid, x) if below is None else _room(below, x)
+        if need_dx:
+            out = torch.empty_like(x) if below is None else out
+            dn = block.qkv.backward(dqkv, S_qkv, flat, acc, sites[0])
+            _norm_backward(dn, x, mean1, rstd1, block.norm1, g_mid, out, n)
+        elif isinstance(block.qkv, Group):  # nothing trains below: only the norm's output is wanted, for dA
+            block.qkv.backward_B(dqkv, S_qkv, flat, acc)
+            _norm(x, None, block.norm1, n)
         block.qkv.backward_A(dqkv, n, flat, acc, sites[0])
-        return out
+        return out, wide
+
+    def _swept(
+        self, block: VitBlock, dg: Tensor, u: Tensor, du: Tensor, wide: Tensor, S: Tensor | None, flat: Tensor,
+        accumulate: bool, dropped: Dropped | None,
+    ) -> bool:  # fmt: skip
+        """du <- [du | dS], and the gradients of fc1's B and fc2's A in one sweep; False where that is not faster."""
+        if dropped is not None or not use_triton(u) or (isinstance(block.fc1, Group) and not _rank(block.fc1)):
+            return False
+        (rows, f), (r_up, r_down) = u.shape, (_rank(block.fc1), _rank(block.fc2))
+        config = vit_sweep.plan(rows, f, r_up, r_down, self.gelu, u.dtype, u.device)
+        if config is None:
+            return False
+        up = down = None
+        if isinstance(block.fc1, Group) and S is not None and r_up:
+            p, start = block.fc1.packed, block.fc1.B_starts[0]
+            up = vit_sweep.Up(S, p.B, flat[start : start + f * r_up], r_up, p.scales[0])
+        if isinstance(block.fc2, Group) and r_down:
+            start = block.fc2.A_start
+            dS = wide[:, block.fc2.packed.out_features :]
+            down = vit_sweep.Down(dS, flat[start : start + f * r_down], r_down)
+        vit_sweep.mlp_backward(dg, u, du, self.gelu, up, down, config, accumulate=accumulate)
+        return True
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.view(*shape, 3, self.heads, -1).unbind(2)
@@ -275,11 +326,17 @@ def _add(x: Tensor, pending: Pending) -> Tensor:
     return x + delta if scale is None else torch.addcmul(x, delta, scale)
 
 
-def _scaled(g: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    if scale is None:
-        out.copy_(g)
-    else:
-        torch.mul(g, scale, out=out)
+def _room(block: VitBlock, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(where the gradient of a block's output is written [B * T, h], the wide buffer that fc2's backward reads): the first
+    is a part of the second, unless a layer scale lies between them."""
+    h = like.shape[-1]
+    wide = block.fc2.wide(like.numel() // h, h)
+    return (wide[:, :h] if block.scale2 is None else like.new_empty(wide.shape[0], h)), wide
+
+
+def _rank(group: Linears) -> int:
+    """Of the adapter on a single linear; 0 without."""
+    return group.packed.ranks[0] if isinstance(group, Group) else 0
 
 
 def _norm(x: Tensor, pending: Pending | None, norm: Norm, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
