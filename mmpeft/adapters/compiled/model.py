@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from mmpeft.adapters.compiled import llama, vit
+from mmpeft.adapters.compiled import llama, patches, vit
 from mmpeft.adapters.compiled import towers as tower_parts
 from mmpeft.adapters.compiled.graphs import Graphed
 from mmpeft.adapters.state import State
@@ -163,6 +163,7 @@ def compile(
         (decoders, "decoders", lambda: llama.apply(model, compiled, check=check, graphs=captures)),
         (loss, "loss", lambda: llama.apply_loss(model, compiled, check=check)),
         (blocks, "blocks", lambda: fused.update(vit.apply(model, compiled, check=check, graphs=captures))),
+        (blocks, "patches", lambda: patches.apply(model, compiled)),
         (towers, "towers", lambda: tower_parts.apply(model, compiled, graphs=captures, fused=fused)),
     ]
     for wanted, name, run in parts:
