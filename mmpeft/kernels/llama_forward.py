@@ -25,7 +25,7 @@ def states(x: Tensor, blocks: Sequence[Block], final_norm: Tensor, layout: Layou
     fused_ops.add_rmsnorm(x, None, blocks[0].norm1, layout.eps, n)
     for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), final_norm], strict=True):
         qkv = expand.rope(Product.of(n, block.qkv), layout.heads, layout.kv_heads, *layout.tables)
-        o, _ = attention.forward(*layout.split(qkv), layout.scale, documents=layout.documents)
+        o, _ = attention.forward(*layout.split(qkv), layout.scale, documents=layout.documents, keep=False)
         x, n = expand.add_rmsnorm(x, Product.of(o.reshape(x.shape[0], -1), block.o), block.norm2, layout.eps)
         act = expand.swiglu(Product.of(n, block.gate_up))
         x, n = expand.add_rmsnorm(x, Product.of(act, block.down), norm, layout.eps)
