@@ -129,7 +129,7 @@ def timed(step: Callable[[int], Any], *, warmup: int, steps: int) -> tuple[list[
         start = _mark()
         value = step(i)
         marks.append((start, _mark()))
-        values.append(value.detach().float().mean().clone())
+        values.append(value.detach().float().abs().mean().clone())  # actions of both signs would cancel
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     gc.enable()
