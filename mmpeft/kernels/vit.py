@@ -30,6 +30,7 @@ from mmpeft.kernels.adamw import Refresher, Slot
 from mmpeft.kernels.dispatch import use_triton
 from mmpeft.kernels.group import Dropped, Group, Masters, linear
 from mmpeft.kernels.plain import Plain
+from mmpeft.kernels.sweep import Config
 
 Linears = Group | Plain
 Pending = tuple[Tensor, Tensor | None]  # a branch's output [B * T, h], and its layer scale [h]: not added yet
@@ -155,6 +156,8 @@ class FusedVit(Masters):
     ) -> Tensor:
         B, T, h = x.shape
         x, pending = x.reshape(B * T, h).contiguous(), None
+        if saved is not None:  # tuned now, while memory is still free
+            self._tile(self.blocks[first], B * T)
         for i in range(first, last):
             x, pending, kept = self._block(self.blocks[i], x, pending, (B, T), _sites(dropped, i), saved is not None)
             if saved is not None:
@@ -273,10 +276,8 @@ class FusedVit(Masters):
         accumulate: bool, dropped: Dropped | None,
     ) -> bool:  # fmt: skip
         """du <- [du | dS], and the gradients of fc1's B and fc2's A in one sweep; False where that is not faster."""
-        if dropped is not None or not use_triton(u) or (isinstance(block.fc1, Group) and not _rank(block.fc1)):
-            return False
         (rows, f), (r_up, r_down) = u.shape, (_rank(block.fc1), _rank(block.fc2))
-        config = vit_sweep.plan(rows, f, r_up, r_down, self.gelu, u.dtype, u.device)
+        config = None if dropped is not None else self._tile(block, rows)
         if config is None:
             return False
         up = down = None
@@ -289,6 +290,14 @@ class FusedVit(Masters):
             down = vit_sweep.Down(dS, flat[start : start + f * r_down], r_down)
         vit_sweep.mlp_backward(dg, u, du, self.gelu, up, down, config, accumulate=accumulate)
         return True
+
+    def _tile(self, block: VitBlock, rows: int) -> Config | None:
+        """The tile shape of the MLP's backward sweep for so many rows, timed the first time; None where it is not used."""
+        W = block.fc1.W if isinstance(block.fc1, Plain) else block.fc1.packed.W
+        if not use_triton(W) or (isinstance(block.fc1, Group) and not _rank(block.fc1)):
+            return None
+        ranks = _rank(block.fc1), _rank(block.fc2)
+        return vit_sweep.plan(rows, W.shape[0], *ranks, self.gelu, W.dtype, W.device)
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.view(*shape, 3, self.heads, -1).unbind(2)
