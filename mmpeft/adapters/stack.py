@@ -9,11 +9,13 @@ the compiled forward gathers A and B by a tensor, so that 64 switches cost one c
 graph, `rows=` a third. For inference: the stacks are copies, and a forward with gradients is refused.
 
 Where all adapters have factors, a stack holds [n + 1, rank, in] and [n + 1, out, rank], padded to the largest rank, the
-base last; elsewhere (biases, norm gains, `full`) it holds the n + 1 whole values. `use` stacks again what changed.
+base last; elsewhere (biases, norm gains, `full`) it holds the n + 1 whole values. `use` stacks again what changed, in the
+same memory, as it keeps one index tensor for each length of `rows`: a CUDA graph of the forward replays with another index.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -96,6 +98,18 @@ class Pick:
 
     one: Tensor  # [1]
     rows: Tensor  # [B]
+    kept: dict[int, Tensor] = field(default_factory=dict)  # by length: each stays where it is
+
+    @staticmethod
+    def on(device: torch.device) -> Pick:
+        """The first adapter, and no rows."""
+        return Pick(torch.zeros(1, dtype=torch.long, device=device), torch.zeros(0, dtype=torch.long, device=device))
+
+    def choose(self, index: list[int]) -> None:
+        """These rows."""
+        given = torch.tensor(index)
+        self.rows = self.kept.setdefault(len(index), torch.zeros_like(given, device=self.one.device))
+        self.rows.copy_(given)
 
 
 @dataclass
@@ -110,6 +124,7 @@ class Stack:
     values: Tensor | None = None  # [n + 1, *shape] where some adapter has no factors
     sources: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
+    held: tuple[list[Tensor], list[int]] = ([], [])  # what the stacked adapters have at this owner, and its versions
 
     def _index(self) -> Tensor:
         if torch.is_grad_enabled():
@@ -177,6 +192,7 @@ def unstack(model: nn.Module) -> None:
     """Drop the stacks; the active set stays."""
     state = state_of(model)
     state.stacked, state.indexed = (), ""
+    state.generation += 1
     for _, _, slot in slots(model):
         slot.stacks = {}
 
@@ -189,19 +205,24 @@ def activate(model: nn.Module, state: State, active: Active) -> None:
         return
     order = {name: i for i, name in enumerate(state.stacked)}
     picks: dict[torch.device, Pick] = {}
-    for _, owner, slot in slots(model):
-        _refresh(owner, slot, state, picks)
-    for pick in picks.values():
-        if active.rows is None:
-            pick.one.fill_(order[active.names[0]])
-        else:
-            index = [len(order) if r < 0 else order[active.names[r]] for r in active.rows]
-            pick.rows = torch.tensor(index, device=pick.one.device)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept is written again, in whatever mode
+        for _, owner, slot in slots(model):
+            _refresh(owner, slot, state, picks)
+        for pick in picks.values():
+            if active.rows is None:
+                pick.one.fill_(order[active.names[0]])
+            else:
+                pick.choose([len(order) if r < 0 else order[active.names[r]] for r in active.rows])
     state.indexed = "one" if active.rows is None else "rows"
 
 
 def _refresh(owner: nn.Module, slot: Slot, state: State, picks: dict[torch.device, Pick]) -> None:
     """Build the stacks of one owner, or build again those whose sources changed."""
+    held = _held(slot, state)
+    if slot.stacks and _current(owner, slot, held):
+        for stack in slot.stacks.values():
+            picks.setdefault(stack.pick.one.device, stack.pick)
+        return
     for tensor in dict.fromkeys(d.site.tensor for _, d in slot.deltas(state.stacked)):
         stored = owner._parameters.get(tensor)
         deltas = [slot.at(tensor, (name,)) for name in state.stacked]
@@ -214,28 +235,68 @@ def _refresh(owner: nn.Module, slot: Slot, state: State, picks: dict[torch.devic
         sources = (start, *(p for group in deltas for _, d in group for p in d.parameters()))
         versions = tuple(-1 if t.is_inference() else t._version for t in sources)
         old = slot.stacks.get(tensor)
-        if (
-            old is not None
-            and old.versions == versions
-            and all(a is b for a, b in zip(old.sources, sources, strict=True))
-        ):
+        same = old is not None and [id(t) for t in old.sources] == [id(t) for t in sources]
+        if old is not None and same and old.versions == versions:
+            old.held = held
             picks.setdefault(start.device, old.pick)
             continue
+        state.restacked += 1
         pick = picks.get(start.device) or (old.pick if old is not None else None)
-        if pick is None:
-            pick = Pick(
-                torch.zeros(1, dtype=torch.long, device=start.device),
-                torch.zeros(0, dtype=torch.long, device=start.device),
-            )
+        pick = Pick.on(start.device) if pick is None else pick
         picks.setdefault(start.device, pick)
         assert first.site.layout is not None
-        with torch.no_grad():
-            groups = [[part_of(start, d) for _, d in group] for group in deltas] if len(start.shape) > 1 else [[None]]
-            whole = [[p for p in group if p is not None] for group in groups]
-            pieces = pieces_of(whole) if all(p is not None for group in groups for p in group) else None
-            values = None
-            if pieces is None:
-                values = torch.stack([slot.compose(start, group) for group in [*deltas, []]])
-        slot.stacks[tensor] = Stack(
-            first.site.name, first.site.layout, pick, state, pieces or [], values, sources, versions
-        )
+        groups = [[part_of(start, d) for _, d in group] for group in deltas] if len(start.shape) > 1 else [[None]]
+        whole = [[p for p in group if p is not None] for group in groups]
+        pieces = pieces_of(whole) if all(p is not None for group in groups for p in group) else None
+        values = None
+        if pieces is None:
+            values = torch.stack([slot.compose(start, group) for group in [*deltas, []]])
+        made = Stack(first.site.name, first.site.layout, pick, state, pieces or [], values, sources, versions, held)
+        if old is None or not same or not _rewritten(old, made):
+            state.generation += 1
+        slot.stacks[tensor] = made
+
+
+def _held(slot: Slot, state: State) -> tuple[list[Tensor], list[int]]:
+    """Every tensor of the stacked adapters at one owner, and its version (-1: it has none). Asked at each `use`, so by the
+    shortest way: 64 adapters of a small decoder are 28,672 tensors."""
+    groups = (slot._modules.get(name) for name in state.stacked)
+    deltas = [d for group in groups if group is not None for d in group._modules.values() if d is not None]
+    tensors: list[Tensor] = [p for d in deltas for p in d._parameters.values() if p is not None]
+    try:
+        return tensors, [p._version for p in tensors]
+    except RuntimeError:  # inference tensors keep no version
+        return tensors, [-1 if p.is_inference() else p._version for p in tensors]
+
+
+def _current(owner: nn.Module, slot: Slot, held: tuple[list[Tensor], list[int]]) -> bool:
+    """Whether an owner's stacks are what they would be if they were built now."""
+    for tensor, stack in slot.stacks.items():
+        tensors, versions = stack.held
+        start = slot.pinned.get(tensor, owner._parameters.get(tensor))
+        if start is None or start is not stack.sources[0] or start.is_inference() or start._version != stack.versions[0]:
+            return False
+        if len(tensors) != len(held[0]) or versions != held[1] or not all(map(operator.is_, tensors, held[0])):
+            return False
+    return True
+
+
+def _rewritten(old: Stack, made: Stack) -> bool:
+    """Move a new stack into the memory of the one before, if they are alike; returns whether they are."""
+    before, after = ([(p.start, p.stop) for p in s.pieces] for s in (old, made))
+    pairs = list(zip(_tensors(old), _tensors(made), strict=True)) if before == after else [(None, old.pick.one)]
+    if any((a is None) != (b is None) or (a is not None and b is not None and _kind(a) != _kind(b)) for a, b in pairs):
+        return False
+    for a, b in pairs:
+        if a is not None and b is not None:
+            a.copy_(b)
+    made.pieces, made.values = old.pieces, old.values
+    return True
+
+
+def _tensors(stack: Stack) -> list[Tensor | None]:
+    return [stack.values, *(t for p in stack.pieces for t in (p.A, p.B, p.row, p.col))]
+
+
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device

@@ -60,6 +60,8 @@ class State:
     row_index: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()  # adapters that `mmpeft.stack` put side by side
     indexed: str = ""  # "one" or "rows": the active set is picked from the stacks by an index tensor
+    restacked: int = 0  # counts up when `use` finds that a stacked adapter has changed, and stacks it again
+    generation: int = 0  # counts up when the stacks lie somewhere else than before: a CUDA graph reads where they lay
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "active":  # whoever sets another active set leaves the stacks; `use` enters them again
@@ -144,11 +146,20 @@ def checkpoint_frame() -> Any:
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """(owner path, owner, slot) for every slot below `model`."""
-    for path, module in model.named_modules():
+    """(owner path, owner, slot) for every slot below `model`, in the order of `named_modules`, but not into the slots:
+    nothing attaches there, and with 64 adapters they are most of the modules."""
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         slot = module._modules.get(SLOT)
         if slot is not None:
             yield path, module, slot
+        children = [(n, m) for n, m in module._modules.items() if m is not None and n != SLOT]
+        todo += [(f"{path}.{n}" if path else n, m) for n, m in reversed(children)]
 
 
 def sites_of(model: nn.Module, kind: type[Any] | tuple[type[Any], ...], name: str | None = None) -> list[Any]:

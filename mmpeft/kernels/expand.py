@@ -5,6 +5,10 @@ costs as much as the linear it belongs to. Here it has none: a group's rows [W ;
 (`packed.PackedGroup.backward_weight`), so one product gives z = x W^T and S = x A^T, and whatever reads z next
 (RoPE, SwiGLU, the residual's add and norm) adds S B^T in fp32 before its own work. DoRA's factors and biases are applied there too.
 
+With an adapter of its own for every sample (`Product.by_sample`), S comes of one grouped shrink a group, which writes into the
+same columns, and a reader's tile holds tokens of one sample, so that it finds its one B in the stack by an index on the
+device. A group's B then has no blocks: each output row keeps its own member's columns.
+
 Each function runs the Triton kernel or the same maths in plain torch.
 """
 
@@ -13,15 +17,18 @@ Each function runs the Triton kernel or the same maths in plain torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.kernels import reference
+from mmpeft.kernels import grouped, reference
 from mmpeft.kernels.dispatch import next_power_of_2, use_triton
 from mmpeft.kernels.group import Group
+from mmpeft.kernels.grouped import Stack
+from mmpeft.kernels.packed import LEADING_MULTIPLE, round_up
 from mmpeft.kernels.tritonlib import jit, tl, triton
 
 
@@ -30,6 +37,8 @@ class Product(NamedTuple):
 
     z: [T, out + R], S in its last R columns. B: [out, R], times s, block-diagonal over members. ranks: of the members.
     factor, bias: [out] or None; fp32, a bias alone in the weights' dtype.
+    chosen: int64 [N], the adapter of each of N equal runs of rows; then B is [n, out, r], each row its own member's, of the
+    members' rows `outs`; n or more is the base.
     """
 
     z: Tensor
@@ -37,6 +46,8 @@ class Product(NamedTuple):
     ranks: list[int]
     factor: Tensor | None
     bias: Tensor | None
+    chosen: Tensor | None = None
+    outs: Sequence[int] = ()
 
     @staticmethod
     def of(x: Tensor, group: Group) -> Product:
@@ -46,25 +57,65 @@ class Product(NamedTuple):
         factor, bias = (None, p.bias) if group.scaling is None else group.scaling
         return Product(torch.mm(x, p.backward_weight.mT), p.B, p.ranks, factor, bias)
 
+    @staticmethod
+    def by_sample(x: Tensor, group: Group, stack: Stack, index: Tensor) -> Product:
+        """The group's product with x [T, in], each of `index`'s [N] runs of T / N rows under its own adapter: one GEMM
+        and one shrink. The weights are the group's, its own adapter is left out."""
+        p, out, R = group.packed, group.packed.out_features, sum(stack.ranks)
+        p.load()
+        z = x.new_empty(x.shape[0], round_up(out + R, LEADING_MULTIPLE))[:, : out + R]
+        with grouped.beside(x) as other:
+            if R:
+                with other:
+                    grouped.shrink(x, stack.A, index, z[:, out:])
+            torch.mm(x, p.W.mT, out=z[:, :out])
+        return Product(z, stack.B, stack.ranks, None, p.bias, index, p.outs)
+
+    @property
+    def out(self) -> int:
+        """Columns of y."""
+        return self.B.shape[-2]
+
     def finished(self) -> Tensor:
         """y [T, out], of z's dtype or wider: the reference."""
-        out = self.B.shape[0]
+        out = self.out
         wide = torch.promote_types(self.z.dtype, torch.float32)
-        y = self.z[:, :out].to(wide) + self.z[:, out:].to(wide) @ self.B.to(wide).mT
+        y = self.z[:, :out].to(wide)
+        if self.chosen is None:
+            y = y + self.z[:, out:].to(wide) @ self.B.to(wide).mT
+        else:
+            y = y + self._by_sample(self.z[:, out:].to(wide), self.chosen)
         y = y if self.factor is None else y * self.factor
         return y if self.bias is None else y + self.bias
 
+    def _by_sample(self, S: Tensor, index: Tensor) -> Tensor:
+        """S B^T [T, out], each sample by its own B; of the base zeros."""
+        count = self.B.shape[0]
+        B = self.B.to(S.dtype)[index.clamp_max(count - 1)] * (index < count)[:, None, None]  # [N, out, r]
+        S = S.view(len(index), S.shape[0] // len(index), S.shape[1])
+        terms = [
+            s @ b[..., :r].mT
+            for s, b, r in zip(S.split(self.ranks, 2), B.split(list(self.outs), 1), self.ranks, strict=True)
+        ]
+        return torch.cat(terms, 2).flatten(0, 1)
+
 
 @jit
-def _add_rmsnorm(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, H, eps,
-                 FACTOR: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_rmsnorm(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, H, eps, index, count, stride, S,
+                 FACTOR: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+                 GROUPED: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     k = tl.arange(0, RP)
     inside = cols < H
+    rank = R
+    if GROUPED:
+        adapter = tl.load(index + row // S)
+        B += tl.where(adapter < count, adapter, 0) * stride
+        rank = tl.where(adapter < count, R, 0)
     d = tl.load(z + row * ldz + cols, mask=inside, other=0.0).to(tl.float32)
     for first in range(0, R, RP):
-        here = first + k < R
+        here = first + k < rank
         s = tl.load(z + row * ldz + H + first + k, mask=here, other=0.0).to(tl.float32)
         b = tl.load(B + cols[:, None] * ldb + first + k[None, :], mask=inside[:, None] & here[None, :], other=0.0)
         d += tl.sum(b.to(tl.float32) * s[None, :], 1)
@@ -89,9 +140,9 @@ def add_rmsnorm(x: Tensor, branch: Product, weight: Tensor, eps: float) -> tuple
     total, n = torch.empty_like(x), torch.empty_like(x)
     block = next_power_of_2(H)
     _add_rmsnorm[(T,)](
-        x, z, branch.B, *_places(branch), weight, total, n, z.stride(0), branch.B.stride(0), n.stride(0), H, eps,
-        FACTOR=branch.factor is not None, BIAS=branch.bias is not None, R=z.shape[1] - H, RP=16, BLOCK=block,
-        num_warps=4 if block <= 512 else 8 if block <= 2048 else 16,
+        x, z, branch.B, *_places(branch), weight, total, n, z.stride(0), branch.B.stride(-2), n.stride(0), H, eps,
+        *_adapters(branch), FACTOR=branch.factor is not None, BIAS=branch.bias is not None, R=z.shape[1] - H, RP=16,
+        BLOCK=block, GROUPED=branch.chosen is not None, num_warps=4 if block <= 512 else 8 if block <= 2048 else 16,
     )  # fmt: skip
     return total, n
 
@@ -107,13 +158,22 @@ def _rank_term(z, lds, first, r, B, ldb, rows, cols, T, end, RP: tl.constexpr):
 
 @jit
 def _rope(z, B, factor, bias, cos, sin, ldz, ldb, T, OUT, period, q_first, k_first, v_first, q_rank, k_rank, v_rank,
+          index, count, stride, S,
           HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, RP: tl.constexpr,
-          FACTOR: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+          FACTOR: tl.constexpr, BIAS: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, HP)
     first = tl.where(head < HQ, q_first, tl.where(head < HQ + HK, k_first, v_first))
     r = tl.where(head < HQ, q_rank, tl.where(head < HQ + HK, k_rank, v_rank))
+    if GROUPED:  # the tile's rows are one sample's, up to T; B's columns begin with each member
+        tiles = tl.cdiv(S, BM)
+        sample = (tl.program_id(0) // tiles).to(tl.int64)
+        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
+        T = (sample + 1) * S
+        adapter = tl.load(index + sample)
+        B += tl.where(adapter < count, adapter, 0) * stride - first
+        r = tl.where(adapter < count, r, 0)
     lower = head * 2 * HALF + d
     upper = lower + HALF
     half = d < HALF
@@ -140,7 +200,7 @@ def _rope(z, B, factor, bias, cos, sin, ldz, ldb, T, OUT, period, q_first, k_fir
 def rope(qkv: Product, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """[q | k | v] [T, (Hq + 2 Hk) d] of the group's product, q and k rotated: in z's own memory. cos, sin: [S, d/2] or
     [T, d/2], fp32."""
-    z, out = qkv.z, qkv.B.shape[0]
+    z, out = qkv.z, qkv.out
     T, half = z.shape[0], cos.shape[1]
     if not use_triton(z):
         y, turned = qkv.finished().to(z.dtype), 2 * half * (heads + kv_heads)
@@ -150,26 +210,39 @@ def rope(qkv: Product, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> T
         return z[:, :out]
     ranks = qkv.ranks
     firsts = [0, ranks[0], ranks[0] + ranks[1]]
-    _rope[(triton.cdiv(T, 16), heads + 2 * kv_heads)](
-        z, qkv.B, *_places(qkv), cos, sin, z.stride(0), qkv.B.stride(0), T, out, cos.shape[0], *firsts, *ranks,
-        HQ=heads, HK=kv_heads, HALF=half, HP=max(16, next_power_of_2(half)), BM=16, RP=_padded(ranks),
-        FACTOR=qkv.factor is not None, BIAS=qkv.bias is not None, num_warps=2,
+    _rope[(_tiles(qkv, 16), heads + 2 * kv_heads)](
+        z, qkv.B, *_places(qkv), cos, sin, z.stride(0), qkv.B.stride(-2), T, out, cos.shape[0], *firsts, *ranks,
+        *_adapters(qkv), HQ=heads, HK=kv_heads, HALF=half, HP=max(16, next_power_of_2(half)), BM=16, RP=_padded(ranks),
+        FACTOR=qkv.factor is not None, BIAS=qkv.bias is not None, GROUPED=qkv.chosen is not None,
+        num_warps=2,
     )  # fmt: skip
     return z[:, :out]
 
 
 @jit
-def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_rank,
-            BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_rank, index, count, stride, S,
+            BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, FACTOR: tl.constexpr, BIAS: tl.constexpr,
+            GROUPED: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     here = cols < F
+    up = B + F.to(tl.int64) * ldb
+    if GROUPED:  # as in _rope
+        tiles = tl.cdiv(S, BM)
+        sample = (tl.program_id(0) // tiles).to(tl.int64)
+        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
+        T = (sample + 1) * S
+        adapter = tl.load(index + sample)
+        B += tl.where(adapter < count, adapter, 0) * stride
+        up = B + F.to(tl.int64) * ldb - u_first
+        g_rank = tl.where(adapter < count, g_rank, 0)
+        u_rank = tl.where(adapter < count, u_rank, 0)
     inside = (rows < T)[:, None] & here[None, :]
     at = rows[:, None] * ldz + cols[None, :]
     g = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(z + at + F, mask=inside, other=0.0).to(tl.float32)
     g += _rank_term(z + 2 * F, ldz, 0, g_rank, B, ldb, rows, cols, T, F, RP)
-    u += _rank_term(z + 2 * F, ldz, u_first, u_rank, B + F.to(tl.int64) * ldb, ldb, rows, cols, T, F, RP)
+    u += _rank_term(z + 2 * F, ldz, u_first, u_rank, up, ldb, rows, cols, T, F, RP)
     if FACTOR:
         g = g * tl.load(factor + cols, mask=here, other=0.0)[None, :]
         u = u * tl.load(factor + F + cols, mask=here, other=0.0)[None, :]
@@ -182,7 +255,7 @@ def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_ran
 
 def swiglu(gate_up: Product) -> Tensor:
     """silu(gate) * up [T, f] of the group's product."""
-    z, f = gate_up.z, gate_up.B.shape[0] // 2
+    z, f = gate_up.z, gate_up.out // 2
     if not use_triton(z):
         gate, up = gate_up.finished().to(z.dtype).split(f, 1)
         h: Tensor = F.silu(gate) * up
@@ -190,10 +263,10 @@ def swiglu(gate_up: Product) -> Tensor:
     act = z.new_empty(z.shape[0], f)
     g_rank, u_rank = gate_up.ranks
     BM, BN = 16, 128
-    _swiglu[(triton.cdiv(z.shape[0], BM), triton.cdiv(f, BN))](
-        z, gate_up.B, *_places(gate_up), act, z.stride(0), gate_up.B.stride(0), act.stride(0), z.shape[0], f,
-        g_rank, g_rank, u_rank, BM=BM, BN=BN, RP=_padded([g_rank, u_rank]),
-        FACTOR=gate_up.factor is not None, BIAS=gate_up.bias is not None, num_warps=4,
+    _swiglu[(_tiles(gate_up, BM), triton.cdiv(f, BN))](
+        z, gate_up.B, *_places(gate_up), act, z.stride(0), gate_up.B.stride(-2), act.stride(0), z.shape[0], f,
+        g_rank, g_rank, u_rank, *_adapters(gate_up), BM=BM, BN=BN, RP=_padded([g_rank, u_rank]),
+        FACTOR=gate_up.factor is not None, BIAS=gate_up.bias is not None, GROUPED=gate_up.chosen is not None, num_warps=4,
     )  # fmt: skip
     return act
 
@@ -203,6 +276,21 @@ def _places(product: Product) -> tuple[Tensor, Tensor]:
     return tuple(product.z if t is None else t for t in (product.factor, product.bias))  # type: ignore[return-value]
 
 
+def _adapters(product: Product) -> tuple[Tensor, int, int, int]:
+    """(index, adapters, elements between their B, tokens a sample) as the kernels take them; anything without an index."""
+    if product.chosen is None:
+        return product.z, 1, 1, 1
+    return product.chosen, product.B.shape[0], product.B.stride(0), product.z.shape[0] // len(product.chosen)
+
+
+def _tiles(product: Product, rows: int) -> int:
+    """Tiles of so many rows; with an index none holds two samples."""
+    if product.chosen is None:
+        return int(triton.cdiv(product.z.shape[0], rows))
+    samples = len(product.chosen)
+    return samples * int(triton.cdiv(product.z.shape[0] // samples, rows))
+
+
 def _padded(ranks: list[int]) -> int:
     """Rank columns of a tile: the tensor cores take at least 16."""
-    return max(16, next_power_of_2(max(ranks)))
+    return max(16, next_power_of_2(max(1, *ranks)))

@@ -6,15 +6,37 @@ A row of the batch is one adapter, so a tile of it reads one A and one B where t
 sorted, gathered or copied, and nothing waits for the device (a CUDA graph replays with another index). Decoding (T = 1)
 is the same program with one row a tile: the time is that of reading the factors. The shrink sums over slices of `in`
 (two passes in a fixed order, no atomics). With gradients the gathered batched products run, which autograd knows.
+
+`shrink` alone, for linears that share their input: the expansion is then left to whatever reads y next (`expand`). All
+members' A lie one under the other in a `Stack`, so it is one launch.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
 from mmpeft.kernels.dispatch import forced, use_triton
+
+FEW_ROWS = 512  # up to here a shrink runs beside its product
+
+
+class Stack(NamedTuple):
+    """n adapters of linears that share their input, in the weights' dtype.
+
+    A: [n, R, in], the members' rows one under the other. B: [n, out, r], scales included; the outputs of each member use
+    as many of its columns as the member has ranks. ranks: of the members, the largest of any adapter; their sum is R.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: list[int]
 
 
 def add_grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Tensor:
@@ -38,6 +60,41 @@ def add_grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Te
         return reference(y, x, A, B, index)
     torch.ops.mmpeft.add_grouped_(y, x, A, B, index)
     return y
+
+
+def shrink(x: Tensor, A: Tensor, index: Tensor, out: Tensor) -> None:
+    """out [T, R] = x [T, in] times A^T of each of N equal runs of rows' own A [n, R, in], by index [N]; 0 for the base."""
+    if use_triton(x):
+        from mmpeft.kernels import grouped_kernels
+
+        return grouped_kernels.shrink(x, A, index, out)
+    there = (index < A.shape[0]).to(x.dtype)
+    own = A[index.clamp_max(A.shape[0] - 1)] * there[:, None, None]
+    out.copy_(torch.bmm(x.view(len(index), -1, x.shape[1]), own.mT).flatten(0, 1))
+
+
+@contextmanager
+def beside(x: Tensor) -> Iterator[AbstractContextManager[Any]]:
+    """Within it, what runs under the context that this gives may run beside the rest, and both are done at its end.
+
+    Two branches of a CUDA graph while one is captured, for few rows x [T, in]: a product of so few leaves most of the
+    device idle. In order elsewhere.
+    """
+    if not x.is_cuda or x.shape[0] > FEW_ROWS:
+        yield nullcontext()
+        return
+    main, other = torch.cuda.current_stream(x.device), _other_stream(x.device)
+    if not torch.cuda.is_current_stream_capturing():
+        yield nullcontext()
+        return
+    other.wait_stream(main)
+    yield torch.cuda.stream(other)
+    main.wait_stream(other)  # before anything that was read there can be freed
+
+
+@functools.cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Triton kernels of `grouped`: shrink by the row's own A into fp32 partial sums, expand by its B into y.
 
 A tile is rows of one sample, so its program loads one adapter number and then one A (or B) straight from the stack, in
-whatever float type it is stored, rounded to x's type on the way.
+whatever float type it is stored, rounded to x's type on the way. `shrink` writes S itself, in one pass over `in`, for
+readers that expand on their own.
 """
 
 # Triton kernels are typed by their launch, not by annotations.
@@ -86,6 +87,64 @@ def add_grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor) -> No
     )  # fmt: skip
     if target is not y:
         y.copy_(target)
+
+
+@jit
+def _shrink_rows(x, A, index, out, S, K, R, n, ldx, lda, stride, ldo,
+                 STEPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr):  # fmt: skip
+    tiles = tl.cdiv(S, BM)
+    sample, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    adapter = tl.load(index + sample)
+    place = tile * BM + tl.arange(0, BM)
+    rows = sample * S + place
+    k = tl.program_id(1) * RP + tl.arange(0, RP)
+    total = tl.zeros((BM, RP), tl.float32)
+    if adapter < n:
+        A += adapter * stride
+        for i in range(STEPS):
+            cols = i * BK + tl.arange(0, BK)
+            inside = (place < S)[:, None] & (cols < K)[None, :]
+            v = tl.load(x + rows[:, None] * ldx + cols[None, :], mask=inside, other=0.0)
+            a = tl.load(A + k[None, :] * lda + cols[:, None], mask=(k < R)[None, :] & (cols < K)[:, None], other=0.0)
+            total += tl.dot(v, a, input_precision="ieee")
+    mask = (place < S)[:, None] & (k < R)[None, :]
+    tl.store(out + rows[:, None] * ldo + k[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _shrink_one(x, A, index, out, K, R, n, ldx, lda, stride, ldo, STEPS: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    adapter = tl.load(index + sample)
+    k = tl.program_id(1) * RP + tl.arange(0, RP)
+    total = tl.zeros((RP, BK), tl.float32)
+    if adapter < n:
+        A += adapter * stride
+        for i in range(STEPS):
+            cols = i * BK + tl.arange(0, BK)
+            v = tl.load(x + sample * ldx + cols, mask=cols < K, other=0.0).to(tl.float32)
+            a = tl.load(A + k[:, None] * lda + cols[None, :], mask=(k < R)[:, None] & (cols < K)[None, :], other=0.0)
+            total += a.to(tl.float32) * v[None, :]
+    tl.store(out + sample * ldo + k, tl.sum(total, 1).to(out.dtype.element_ty), mask=k < R)
+
+
+def shrink(x: Tensor, A: Tensor, index: Tensor, out: Tensor) -> None:
+    """out [T, R] = x [T, in] by each run of rows' own A [n, R, in], T / N rows each; last axes of unit stride.
+
+    One token a sample is a product of vectors: programs of 8 ranks each, which read A in long rows, fill the device.
+    """
+    (T, K), (n, R, _), N = x.shape, A.shape, len(index)
+    S = T // N
+    places = (S, K, R, n, x.stride(0), A.stride(1), A.stride(0), out.stride(0))
+    if S == 1:
+        BK, RP = min(1024, next_power_of_2(K)), 8
+        _shrink_one[(N, triton.cdiv(R, RP))](
+            x, A, index, out, *places[1:], STEPS=triton.cdiv(K, BK), BK=BK, RP=RP, num_warps=4
+        )
+        return
+    BM, BK, RP = 16 if S <= 16 else 32, 256 // x.element_size(), min(64, max(16, next_power_of_2(R)))
+    _shrink_rows[(N * triton.cdiv(S, BM), triton.cdiv(R, RP))](
+        x, A, index, out, *places, STEPS=triton.cdiv(K, BK), BM=BM, BK=BK, RP=RP, num_warps=4
+    )
 
 
 @functools.cache

@@ -98,11 +98,18 @@ class FusedLlama(Masters):
             return self.record(x, documents)[0] if self.dropout else self.last_states(x, documents)
         return recorded.run(self, x, documents)
 
-    def last_states(self, x: Tensor, documents: Documents | None = None) -> Tensor:
-        """As `states`, without gradients and without dropout: the short forward of `llama_forward`."""
-        B, S, h = x.shape
+    def last_states(
+        self,
+        x: Tensor,
+        documents: Documents | None = None,
+        index: Tensor | None = None,
+        stacks: llama_forward.Stacks | None = None,
+    ) -> Tensor:
+        """As `states`, without gradients and without dropout: the short forward of `llama_forward`, which may take every
+        sample's adapter out of `stacks`."""
+        (B, S, h), layout = x.shape, self._layout((x.shape[0], x.shape[1]), documents)
         flat = x.reshape(B * S, h).contiguous()
-        return llama_forward.states(flat, self.blocks, self.final_norm, self._layout((B, S), documents)).view(x.shape)
+        return llama_forward.states(flat, self.blocks, self.final_norm, layout, index, stacks).view(x.shape)
 
     @torch.no_grad()
     def record(self, x: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tape]:

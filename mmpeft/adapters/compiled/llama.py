@@ -1,22 +1,26 @@
 """Llama-type decoders on the fused blocks of `mmpeft.kernels`, and the loss of their language models without logits.
 
 The fused blocks compute causal attention over rows, or over packed documents in them (positions that begin again at 0,
-which is how transformers is told), with one adapter, so each call is looked at: another active set, a padding on the
-left, a key/value cache or a request for attentions go to the module's own forward (`part.py`).
+which is how transformers is told), with one adapter, or without gradients with stacked ones, a row of the batch its own
+(`rows.py`). So each call is looked at: another active set, a padding on the left, a key/value cache or a request for
+attentions go to the module's own forward (`part.py`).
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters.compiled.few_bits import schemes, storage
+from mmpeft.adapters.compiled.graphs import Graphed
 from mmpeft.adapters.compiled.part import FusedPart, stored
 from mmpeft.adapters.compiled.route import Route
+from mmpeft.adapters.compiled.rows import StackedRows
 from mmpeft.adapters.state import slots
 from mmpeft.errors import ConfigError, Unsupported
 from mmpeft.kernels import attention, fuse
@@ -50,7 +54,7 @@ def language_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class FusedDecoder(FusedPart):
     """One decoder on the fused blocks, and the choice made at each call."""
 
-    dora = few_bits = True
+    dora = few_bits = stacks = True
 
     def __init__(self, model: nn.Module, path: str, decoder: Any, *, check: bool, graphs: bool = False) -> None:
         super().__init__(model, path, decoder, around=("embed_tokens",))
@@ -63,25 +67,80 @@ class FusedDecoder(FusedPart):
         owner = lm if self.whole else decoder
         prefix = next((f"{n}." for n, m in owner.named_modules() if m is decoder and n), "")
         adapters = {f"{prefix}{site}": low_rank for (site, _), (low_rank, _) in found.items()}
-        fused = fuse.from_model(owner, adapters, attached=True, check=check, others=self.others, storage=storage)
+        with self.alone():
+            fused = fuse.from_model(owner, adapters, attached=True, check=check, others=self.others, storage=storage)
         self.arguments, self.packed = _names(decoder), 0  # `packed` counts fused calls on packed documents
         self.bases = _versions(fused, decoder)
+        self.rows: StackedRows | tuple[int, Unsupported] | None = None  # or why not, and for which stacks
+        self.rows_graphed = Graphed(fused.last_states) if graphs else None
         self.start(fused, [g for block in fused.blocks for g in block.groups()], graphs=graphs)
 
     def __call__(self, route: Route, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         decoder: Any = self.module
         x = given.get("inputs_embeds")
+        indexed = self.state is not None and bool(self.state.indexed)
         try:
-            fused = self.current(self.name_of(x, self.why_not(given)))
             rows = (given["input_ids"] if x is None else x).shape[:2]
+            if indexed:
+                stacked, index = self.stacked(x, self.why_not(given), rows[0])
+            else:
+                fused = self.current(self.name_of(x, self.why_not(given)))
             documents = _documents(rows, given.get("attention_mask"), given.get("position_ids"))
         except Unsupported as why:
             self.own(why)
             return route.plain(*args, **kwargs)
         x = decoder.embed_tokens(given["input_ids"]) if x is None else x
         self.packed += documents is not None
-        return _outputs().BaseModelOutputWithPast(last_hidden_state=self.states(fused, x, documents))
+        if indexed:
+            self.calls["fused"] += 1
+            run = self.fused.last_states if self.rows_graphed is None else self.rows_graphed
+            y = run(x, documents, index, stacked.stacks)
+        else:
+            y = self.states(fused, x, documents)
+        return _outputs().BaseModelOutputWithPast(last_hidden_state=y)
+
+    def stacked(self, x: Tensor | None, more: Mapping[str, object], samples: int) -> tuple[StackedRows, Tensor]:
+        """The stacked adapters and the index of each sample's, for a call without gradients.
+
+        Raises:
+            Unsupported: the call is for the module's own forward; the message says why.
+        """
+        assert self.state is not None
+        state = self.state
+        reasons = {
+            "stacked adapters with gradients": torch.is_grad_enabled(),
+            "stacked adapters beside merged ones, or bare": state.bare or state.merged,
+            "rows of the batch are run apart": state.override is not None,
+        }
+        self.refuse(x, reasons | dict(more))
+        found = self.stack_now()
+        return found, found.index(state, samples)
+
+    def stack_now(self) -> StackedRows:
+        """Compute copies of the stacked adapters as `use` left them."""
+        assert self.state is not None
+        found, generation = self.rows, self.state.generation
+        if isinstance(found, tuple) and found[0] == generation:
+            raise found[1]
+        if not isinstance(found, StackedRows) or found.generation != generation:
+            self.rows = found = None  # frees the old ones first, with the graphs that read them
+            if self.rows_graphed is not None:
+                self.rows_graphed.captures.clear()
+            try:
+                self.rows = found = StackedRows(self, self.fused.blocks)
+            except Unsupported as why:
+                self.rows = (generation, why)
+                raise
+        found.refresh(self.state.restacked, self.mark_now())
+        return found
+
+    def prepare(self) -> None:
+        """As there; of stacked adapters all that changed."""
+        if self.state is None or not self.state.indexed:
+            return super().prepare()
+        with suppress(Unsupported):  # their own forward is captured then
+            self.stack_now()
 
     def current(self, name: str | None = None) -> Any:
         """As `FusedPart.current`; with DoRA, a base that was written to since has other norms."""

@@ -95,7 +95,8 @@ def _nothing() -> None:
 
 class Step:
     """A function of tensors without gradients, captured whole as one CUDA graph a shape, adapters unmerged: `use` of
-    another adapter between calls rewrites the fused decoders' compute copies and replays the same graph."""
+    another adapter between calls rewrites the fused decoders' compute copies (among `mmpeft.stack`ed ones: an index) and
+    replays the same graph."""
 
     def __init__(self, fn: Callable[..., Any], compiled: Compiled) -> None:
         self.graphed, self.compiled = Graphed(fn), compiled
@@ -106,8 +107,7 @@ class Step:
         state = None
         for part in (*self.compiled.decoders, *self.compiled.stacks):
             state = part.state
-            if state is not None and not state.indexed and len(state.active.names) == 1:
-                part.current(state.active.names[0])
+            part.prepare()
         return self.graphed(*args, key=_key(state), **kwargs)
 
 
@@ -117,7 +117,8 @@ def _key(state: State | None) -> Any:
         return None
     active = state.active
     single = len(active.names) == 1 and active.weights is None and active.rows is None and not active.base
-    return (state.indexed or ("one" if single else active), state.merged, state.bare)
+    chosen = (state.indexed, state.generation) if state.indexed else "one" if single else active
+    return (chosen, state.merged, state.bare)
 
 
 KEPT = "_mmpeft_compiled"  # where a model keeps its report; a table of models would keep them alive, since parts refer to them

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -50,20 +51,25 @@ class FusedPart:
     route: Route
     dora: ClassVar[bool] = False  # whether the fused form computes magnitudes
     few_bits: ClassVar[bool] = False  # whether it takes packed weights
+    stacks: ClassVar[bool] = False  # whether it takes stacked adapters, a row of the batch its own
 
     def __init__(
         self, model: nn.Module, path: str, module: nn.Module, around: tuple[str, ...] = (), *, frozen: bool = False
     ) -> None:
         self.path, self.module, self.state, self.around, self.frozen = path, module, find_state(model), around, frozen
         active = Active() if self.state is None else self.state.active
-        single = self.state is not None and len(active.names) == 1 and not active.weights and not active.rows
-        if not frozen and (not single or self.state is None or self.state.merged):
+        names = active.names
+        if self.stacks and self.state is not None and self.state.indexed:  # any of them: the index picks at each call
+            names = (names or self.state.stacked)[:1]
+        elif active.weights or active.rows:
+            names = ()
+        if not frozen and (len(names) != 1 or self.state is None or self.state.merged):
             raise Unsupported("needs exactly one active adapter, not merged: mmpeft.use(model, name) first")
         if any(is_sharded(p) for p in module.parameters()):
             raise Unsupported("its parameters are sharded")
         if not self.few_bits and any(isinstance(p, PackedWeight) for p in module.parameters()):
             raise Unsupported("its weights are packed in few bits; the fused blocks hold them dense")
-        self.bound = "" if frozen else active.names[0]
+        self.bound = "" if frozen else names[0]
         self._sites: dict[str, Sites] = {}
         self.reasons: set[str] = set()
         self.calls = {"fused": 0, "own": 0}
@@ -79,17 +85,35 @@ class FusedPart:
         self.graphed = Graphed(fused.states) if graphs else None
         self.take()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it the bound adapter is the active set."""
+        if self.state is None or self.frozen:
+            yield
+            return
+        before = self.state.active, self.state.indexed
+        self.state.active = Active((self.bound,))
+        try:
+            yield
+        finally:
+            self.state.active, self.state.indexed = before
+
+    def prepare(self) -> None:
+        """Bring the compute copies up to date before a CUDA graph that reads them is replayed."""
+        if self.state is not None and not self.state.indexed and len(self.state.active.names) == 1:
+            self.current(self.state.active.names[0])
+
     def take(self) -> None:
         """Stand in front of the module's own forward."""
         self.route = Route(self.module, self)
 
-    def sites(self, name: str) -> Sites:
-        """An adapter's sites below the module, `around` left out.
+    def sites(self, name: str, *, again: bool = False) -> Sites:
+        """An adapter's sites below the module, `around` left out; looked up once, or `again`.
 
         Raises:
             Unsupported: a site that the fused blocks do not compute, named with its method.
         """
-        if name in self._sites:
+        if name in self._sites and not again:
             return self._sites[name]
         found: dict[Place, tuple[LowRank, Delta]] = {}
         for path, owner, slot in slots(self.module):
@@ -143,8 +167,11 @@ class FusedPart:
 
     def _now(self) -> tuple[list[int], Any]:
         """The masters' versions, and an object that `train()` and `eval()` replace."""
-        mark = next((slot.cache for _, _, slot in slots(self.module)), None)
-        return [m._version for m in self.fused.masters], mark
+        return [m._version for m in self.fused.masters], self.mark_now()
+
+    def mark_now(self) -> Any:
+        """An object that `train()` and `eval()` replace."""
+        return next((slot.cache for _, _, slot in slots(self.module)), None)
 
     def name_of(self, x: Tensor | None, more: Mapping[str, object] | None = None) -> str:
         """The adapter a call on x runs with; `more`: reason -> whether it holds.
@@ -152,21 +179,33 @@ class FusedPart:
         Raises:
             Unsupported: the call is for the module's own forward; the message says why.
         """
-        weight, state = stored(*self.first), None if self.frozen else self.state
-        active, dtype, kind = state.current() if state else Active(), weight.dtype, weight.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
+        state = None if self.frozen else self.state
+        active = state.current() if state else Active()
         single = len(active.names) == 1 and active.weights is None and active.rows is None and not active.base
         reasons = {
             "the active set is not one unmerged adapter": state and (not single or state.bare or state.merged),
             "adapters are stacked (mmpeft.unstack to use the fused blocks)": state and state.indexed,
+        }
+        self.refuse(x, reasons | dict(more or {}))
+        return active.names[0] if state else ""
+
+    def refuse(self, x: Tensor | None, more: Mapping[str, object]) -> None:
+        """Raise for a call on x that the fused form does not compute, whatever the adapters; `more`: as in `name_of`.
+
+        Raises:
+            Unsupported: the message says why.
+        """
+        weight = stored(*self.first)
+        dtype, kind = weight.dtype, weight.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype
+        reasons = {
+            **more,
             "the weights were moved or cast since; call mmpeft.compile again": address(weight) != self.place,
             f"inputs of another dtype than the weights' {dtype}": x is not None and x.dtype != dtype,
             "autocast to another dtype than the weights'": autocast,
-            **(more or {}),
         }
         if why := next((reason for reason, holds in reasons.items() if holds), None):
             raise Unsupported(why)
-        return active.names[0] if state else ""
 
     def states(self, fused: Any, x: Tensor, *more: Any) -> Tensor:
         """The fused form's output (`more`: what else it reads); a CUDA graph where no gradients flow."""

@@ -105,7 +105,9 @@ class FastTower:
 
 def program(state: Any) -> Any:
     """What of the adapters' state decides which operations run; switches within a stack do not."""
-    return None if state is None else (state.indexed or state.active, state.merged, state.bare)
+    if state is None:
+        return None
+    return ((state.indexed, state.generation) if state.indexed else state.active, state.merged, state.bare)
 
 
 def apply(
