@@ -17,14 +17,15 @@ Each function runs the Triton kernel or the same maths in plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.kernels import grouped, reference
+from mmpeft.kernels import grouped, reference, tuning
 from mmpeft.kernels.dispatch import next_power_of_2, use_triton
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.grouped import Stack
@@ -132,19 +133,86 @@ def _add_rmsnorm(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, H, eps, inde
     tl.store(n + row * ldn + cols, y.to(v.dtype), mask=inside)
 
 
+@jit
+def _add_rmsnorm_tile(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, T, H, eps, index, count, stride, S,
+                      FACTOR: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
+                      BM: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    rank = R
+    if GROUPED:  # as in _rope
+        tiles = tl.cdiv(S, BM)
+        sample = (tl.program_id(0) // tiles).to(tl.int64)
+        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
+        T = (sample + 1) * S
+        adapter = tl.load(index + sample)
+        B += tl.where(adapter < count, adapter, 0) * stride
+        rank = tl.where(adapter < count, R, 0)
+    here = cols < H
+    inside = (rows < T)[:, None] & here[None, :]
+    d = tl.load(z + rows[:, None] * ldz + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    for first in range(0, R, RP):
+        d += _rank_term(z + H, ldz, first, rank - first, B, ldb, rows, cols, T, H, RP)
+    if FACTOR:
+        d = d * tl.load(factor + cols, mask=here, other=0.0)[None, :]
+    if BIAS:
+        d += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)[None, :]
+    v = tl.load(x + rows[:, None] * H + cols[None, :], mask=inside, other=0.0)
+    v = (v.to(tl.float32) + d).to(v.dtype)
+    tl.store(x_out + rows[:, None] * H + cols[None, :], v, mask=inside)
+    wide = v.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 1) / H + eps)
+    gain = tl.load(w + cols, mask=here, other=0.0).to(tl.float32)
+    y = (wide * rstd[:, None]).to(v.dtype).to(tl.float32) * gain[None, :]
+    tl.store(n + rows[:, None] * ldn + cols[None, :], y.to(v.dtype), mask=inside)
+
+
+# (rows a program, warps): one row a program fills the device at batch 1, sixteen read B sixteen times less often
+NORM_SHAPES = [(1, 8), (1, 4), (1, 16), (16, 8), (16, 16)]
+
+
 def add_rmsnorm(x: Tensor, branch: Product, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + y, rmsnorm of it times weight): each [T, h]; y is the branch's output."""
     if not use_triton(x):
         return reference.add_rmsnorm(x, branch.finished().to(x.dtype), weight, eps)
     (T, H), z = x.shape, branch.z
     total, n = torch.empty_like(x), torch.empty_like(x)
-    block = next_power_of_2(H)
-    _add_rmsnorm[(T,)](
-        x, z, branch.B, *_places(branch), weight, total, n, z.stride(0), branch.B.stride(-2), n.stride(0), H, eps,
-        *_adapters(branch), FACTOR=branch.factor is not None, BIAS=branch.bias is not None, R=z.shape[1] - H, RP=16,
-        BLOCK=block, GROUPED=branch.chosen is not None, num_warps=4 if block <= 512 else 8 if block <= 2048 else 16,
-    )  # fmt: skip
+    R, block, more = z.shape[1] - H, next_power_of_2(H), _adapters(branch)
+    flags = {"FACTOR": branch.factor is not None, "BIAS": branch.bias is not None, "GROUPED": branch.chosen is not None}
+
+    def run(shape: tuple[int, int]) -> None:
+        rows, warps = shape
+        tensors = (x, z, branch.B, *_places(branch), weight, total, n, z.stride(0), branch.B.stride(-2), n.stride(0))
+        if rows == 1:
+            _add_rmsnorm[(T,)](*tensors, H, eps, *more, R=R, RP=16, BLOCK=block, num_warps=warps, **flags)
+        else:
+            _add_rmsnorm_tile[(_tiles(branch, rows),)](
+                *tensors, T, H, eps, *more, R=R, RP=16, BLOCK=block, BM=rows, num_warps=warps, **flags
+            )
+
+    run(_shape("add_rmsnorm_expand", (T, H, R, more[3], x.dtype), NORM_SHAPES, run, x))
     return total, n
+
+
+_known: dict[tuple[object, ...], tuple[int, int]] = {}
+
+
+def _shape(
+    op: str, key: tuple[object, ...], shapes: list[tuple[int, int]], run: Callable[[tuple[int, int]], None], like: Tensor
+) -> tuple[int, int]:
+    """The launch shape that is fastest on this device, timed the first time; off the GPU the first. `run` may be repeated."""
+    if not like.is_cuda:
+        return shapes[0]
+    asked = (op, like.device, *key)
+    if asked not in _known:
+        named = {str(s): s for s in shapes}
+        candidates = {name: functools.partial(run, s) for name, s in named.items()}
+        timer, otherwise = tuning.device_milliseconds, str(shapes[0])
+        best = tuning.choose(op, key, candidates, like.device, otherwise=otherwise, timer=timer)
+        if torch.cuda.is_current_stream_capturing():
+            return named[best]  # not timed, so not kept
+        _known[asked] = named[best]
+    return _known[asked]
 
 
 @jit
@@ -197,6 +265,9 @@ def _rope(z, B, factor, bias, cos, sin, ldz, ldb, T, OUT, period, q_first, k_fir
     tl.store(z + at + upper[None, :], (x2 * c + x1 * s).to(z.dtype.element_ty), mask=inside)
 
 
+ROPE_SHAPES = [(16, 2), (16, 1), (16, 4), (64, 4)]  # (rows a program, warps)
+
+
 def rope(qkv: Product, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """[q | k | v] [T, (Hq + 2 Hk) d] of the group's product, q and k rotated: in z's own memory. cos, sin: [S, d/2] or
     [T, d/2], fp32."""
@@ -210,12 +281,18 @@ def rope(qkv: Product, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> T
         return z[:, :out]
     ranks = qkv.ranks
     firsts = [0, ranks[0], ranks[0] + ranks[1]]
-    _rope[(_tiles(qkv, 16), heads + 2 * kv_heads)](
-        z, qkv.B, *_places(qkv), cos, sin, z.stride(0), qkv.B.stride(-2), T, out, cos.shape[0], *firsts, *ranks,
-        *_adapters(qkv), HQ=heads, HK=kv_heads, HALF=half, HP=max(16, next_power_of_2(half)), BM=16, RP=_padded(ranks),
-        FACTOR=qkv.factor is not None, BIAS=qkv.bias is not None, GROUPED=qkv.chosen is not None,
-        num_warps=2,
-    )  # fmt: skip
+    more = _adapters(qkv)
+
+    def run(shape: tuple[int, int], z: Tensor) -> None:
+        rows, warps = shape
+        _rope[(_tiles(qkv, rows), heads + 2 * kv_heads)](
+            z, qkv.B, *_places(qkv), cos, sin, z.stride(0), qkv.B.stride(-2), T, out, cos.shape[0], *firsts, *ranks, *more,
+            HQ=heads, HK=kv_heads, HALF=half, HP=max(16, next_power_of_2(half)), BM=rows, RP=_padded(ranks),
+            FACTOR=qkv.factor is not None, BIAS=qkv.bias is not None, GROUPED=qkv.chosen is not None, num_warps=warps,
+        )  # fmt: skip
+
+    key = (T, heads, kv_heads, half, tuple(ranks), more[3], z.dtype)
+    run(_shape("rope_expand", key, ROPE_SHAPES, lambda shape: run(shape, torch.empty_like(z)), z), z)
     return z[:, :out]
 
 
@@ -253,6 +330,9 @@ def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_ran
     tl.store(act + rows[:, None] * lda + cols[None, :], h, mask=inside)
 
 
+SWIGLU_SHAPES = [(128, 4), (64, 2), (64, 4), (128, 8), (256, 8)]  # (columns a program, warps)
+
+
 def swiglu(gate_up: Product) -> Tensor:
     """silu(gate) * up [T, f] of the group's product."""
     z, f = gate_up.z, gate_up.out // 2
@@ -260,14 +340,17 @@ def swiglu(gate_up: Product) -> Tensor:
         gate, up = gate_up.finished().to(z.dtype).split(f, 1)
         h: Tensor = F.silu(gate) * up
         return h
-    act = z.new_empty(z.shape[0], f)
-    g_rank, u_rank = gate_up.ranks
-    BM, BN = 16, 128
-    _swiglu[(_tiles(gate_up, BM), triton.cdiv(f, BN))](
-        z, gate_up.B, *_places(gate_up), act, z.stride(0), gate_up.B.stride(-2), act.stride(0), z.shape[0], f,
-        g_rank, g_rank, u_rank, *_adapters(gate_up), BM=BM, BN=BN, RP=_padded([g_rank, u_rank]),
-        FACTOR=gate_up.factor is not None, BIAS=gate_up.bias is not None, GROUPED=gate_up.chosen is not None, num_warps=4,
-    )  # fmt: skip
+    act, (g_rank, u_rank), more = z.new_empty(z.shape[0], f), gate_up.ranks, _adapters(gate_up)
+
+    def run(shape: tuple[int, int]) -> None:
+        cols, warps = shape
+        _swiglu[(_tiles(gate_up, 16), triton.cdiv(f, cols))](
+            z, gate_up.B, *_places(gate_up), act, z.stride(0), gate_up.B.stride(-2), act.stride(0), z.shape[0], f, g_rank,
+            g_rank, u_rank, *more, BM=16, BN=cols, RP=_padded([g_rank, u_rank]), FACTOR=gate_up.factor is not None,
+            BIAS=gate_up.bias is not None, GROUPED=gate_up.chosen is not None, num_warps=warps,
+        )  # fmt: skip
+
+    run(_shape("swiglu_expand", (z.shape[0], f, g_rank, u_rank, more[3], z.dtype), SWIGLU_SHAPES, run, z))
     return act
 
 

@@ -225,9 +225,12 @@ def test_swiglu_adds_the_samples_own_rank_term(tokens, ranks, backend, device):
 
 
 @TOKENS
+@pytest.mark.parametrize("shape", [(1, 8), (16, 8)])
 @pytest.mark.parametrize("rank", [0, 3, 20])
 @torch.no_grad()
-def test_add_and_norm_add_the_samples_own_rank_term(tokens, rank, backend, device):
+def test_add_and_norm_add_the_samples_own_rank_term(tokens, rank, shape, backend, device, monkeypatch):
+    monkeypatch.setattr(expand, "NORM_SHAPES", [shape])
+    monkeypatch.setattr(expand, "_known", {})
     product, y = product_of([37], [rank], tokens, device)
     stream, norm = torch.randn_like(y), torch.rand(37, device=device)
     total, normed = expand.add_rmsnorm(stream, product, norm, 1e-6)
