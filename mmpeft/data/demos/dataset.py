@@ -114,7 +114,7 @@ class Demonstrations(Dataset[dict[str, Any]]):
         family, task = split_name(self.stores[where].env)
         if family != "metaworld":
             raise ConfigError(f"wording is for Metaworld's tasks; {family} words its own instructions")
-        return sentence(task, self.wording, episode.seed)  # type: ignore[arg-type]
+        return sentence(task, self.wording, episode.seed)
 
     def pictures(self, number: int) -> NDArray[np.uint8]:
         """[T, N, H, W, 3] of episode `number`, rendered on first use.

@@ -10,6 +10,7 @@ others the picture gives the task away, so a test of language must swap the sent
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,7 @@ SAME_SCENE: tuple[tuple[str, ...], ...] = (
 )
 
 
+@functools.cache  # asked at every sample of a training
 def sentence(task: str, wording: Wording, episode_seed: int) -> str:
     """The instruction of an episode: the canonical one, or one drawn by the seed from the training or the held-out
     ones.
