@@ -1,5 +1,6 @@
 """The data module under Lightning: resumes mid-epoch bit-equal, works from YAML, shards over ranks, names bad ones."""
 
+import faulthandler
 import gc
 import logging
 import os
@@ -343,6 +344,7 @@ class Aborting(Toy):
     def __getitem__(self, i):
         from multiprocessing.util import Finalize
 
+        Finalize(None, faulthandler.disable, exitpriority=2)  # its dump would fill the test's output
         Finalize(None, os.abort, exitpriority=1)
         return super().__getitem__(i)
 
@@ -366,4 +368,4 @@ def test_a_worker_that_dies_while_it_is_shut_down_loses_nothing(monkeypatch):
     loader = Loader(Toy(), ToyProcessor(), batch_size=8, train=True, workers=2)
     assert len(list(loader)) == 7
     loader._iterator._shutdown_workers()
-    assert said == ["a worker process died while it was shut down: DataLoader worker is killed by signal: Aborted."]
+    assert set(said) == {"a worker process died while it was shut down: DataLoader worker is killed by signal: Aborted."}
