@@ -8,6 +8,7 @@ would have done, on whatever host.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -26,7 +27,7 @@ class BudgetedSteps(_lightning.Callback):  # type: ignore[misc]
         seconds: wall clock from the start of `fit`, preparations (feature cache, first evaluation) included, to the last
             training step. Validation during training is not foreseen in it.
         skip: first steps, not timed (caches and memory pools are cold).
-        measure: steps timed after them.
+        measure: steps timed after them; the slowest fifth, when the host did something else besides, is left out.
         max_steps: at most so many, however fast the host is.
 
     Attributes:
@@ -66,7 +67,8 @@ class BudgetedSteps(_lightning.Callback):  # type: ignore[misc]
         if len(self._marks) <= self.skip + self.measure:
             return
         assert self._started is not None
-        seconds = (self._marks[-1] - self._marks[self.skip]) / self.measure
+        timed = self._marks[self.skip :]
+        seconds = _undisturbed([after - before for before, after in zip(timed, timed[1:], strict=False)])
         left = self.seconds - (self._marks[-1] - self._started)
         steps = trainer.global_step + max(0, int(left / seconds))
         steps = min(steps, self.max_steps) if self.max_steps is not None else steps
@@ -88,3 +90,9 @@ class BudgetedSteps(_lightning.Callback):  # type: ignore[misc]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.step_seconds = state["steps"], state["step_seconds"]
+
+
+def _undisturbed(durations: list[float]) -> float:
+    """The mean without the slowest fifth."""
+    kept = sorted(durations)[: max(1, math.ceil(0.8 * len(durations)))]
+    return sum(kept) / len(kept)

@@ -75,3 +75,17 @@ def test_a_resumed_run_keeps_the_number_on_another_host(tokenizer, make_trainer,
 def test_bad_numbers_are_refused(options):
     with pytest.raises(ConfigError, match="BudgetedSteps"):
         BudgetedSteps(**options)
+
+
+def test_the_slowest_fifth_of_the_measured_steps_counts_nothing(tokenizer, make_trainer, clock):
+    """Somebody else's burst of work in the first seconds does not cost the run its steps."""
+
+    class Disturbed(Timed):
+        def on_train_batch_end(self, trainer, *more):
+            self.clock.now += 3.0 * (trainer.global_step == 4)
+            super().on_train_batch_end(trainer, *more)
+
+    budget = Disturbed(clock, 13.0, skip=1, measure=5)
+    fit(tokenizer, make_trainer, budget)
+    # known after 7 steps (3.5 s and the burst of 3); 6.5 s are left at half a second each
+    assert budget.step_seconds == pytest.approx(0.5) and budget.steps == 20
