@@ -104,7 +104,7 @@ def _phi(v, KIND: tl.constexpr):
     # the derivative needs anyway; erf would be as much work again, and these kernels then compute rather than copy
     bell = tl.exp(-0.5 * v * v)
     root = tl.rsqrt(1 + 0.3275911 * 0.7071067811865476 * tl.abs(v))
-    t = root * root  # one instruction where a division takes ten
+    t = root * root  # fewer instructions than a division
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     tail = 0.5 * poly * bell
     return tl.where(v < 0, tail, 1 - tail), 0.3989422804014327 * bell

@@ -195,7 +195,7 @@ class PolicyProcessor:
         item: dict[str, Any] = {k: v for k, v in sample.items() if k in ("id", "instruction", "images", "seen")}
         mask = sample.get("action_mask")
         item["action_mask"] = torch.ones(self.chunk, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-        real = item["action_mask"].numpy()  # NumPy looks at so few numbers in a tenth of torch's time
+        real = item["action_mask"].numpy()  # NumPy: less overhead a call than torch on so few numbers
         if not real.any():
             raise BadSample(f"{name}: no step of its chunk is real")
         if self.discrete:
