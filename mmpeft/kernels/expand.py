@@ -134,17 +134,22 @@ def _add_rmsnorm(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, H, eps, inde
 
 
 @jit
+def _sample_tile(S, BM: tl.constexpr):
+    """(sample, its rows of this program's tile, the first row after the sample): no tile holds two samples of S rows."""
+    tiles = tl.cdiv(S, BM)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    return sample, sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM), (sample + 1) * S
+
+
+@jit
 def _add_rmsnorm_tile(x, z, B, factor, bias, w, x_out, n, ldz, ldb, ldn, T, H, eps, index, count, stride, S,
                       FACTOR: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
                       BM: tl.constexpr, GROUPED: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     rank = R
-    if GROUPED:  # as in _rope
-        tiles = tl.cdiv(S, BM)
-        sample = (tl.program_id(0) // tiles).to(tl.int64)
-        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-        T = (sample + 1) * S
+    if GROUPED:  # the tile's rows are one sample's, up to T
+        sample, rows, T = _sample_tile(S, BM)
         adapter = tl.load(index + sample)
         B += tl.where(adapter < count, adapter, 0) * stride
         rank = tl.where(adapter < count, R, 0)
@@ -235,10 +240,7 @@ def _rope(z, B, factor, bias, cos, sin, ldz, ldb, T, OUT, period, q_first, k_fir
     first = tl.where(head < HQ, q_first, tl.where(head < HQ + HK, k_first, v_first))
     r = tl.where(head < HQ, q_rank, tl.where(head < HQ + HK, k_rank, v_rank))
     if GROUPED:  # the tile's rows are one sample's, up to T; B's columns begin with each member
-        tiles = tl.cdiv(S, BM)
-        sample = (tl.program_id(0) // tiles).to(tl.int64)
-        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-        T = (sample + 1) * S
+        sample, rows, T = _sample_tile(S, BM)
         adapter = tl.load(index + sample)
         B += tl.where(adapter < count, adapter, 0) * stride - first
         r = tl.where(adapter < count, r, 0)
@@ -304,11 +306,8 @@ def _swiglu(z, B, factor, bias, act, ldz, ldb, lda, T, F, u_first, g_rank, u_ran
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     here = cols < F
     up = B + F.to(tl.int64) * ldb
-    if GROUPED:  # as in _rope
-        tiles = tl.cdiv(S, BM)
-        sample = (tl.program_id(0) // tiles).to(tl.int64)
-        rows = sample * S + tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-        T = (sample + 1) * S
+    if GROUPED:  # the tile's rows are one sample's, up to T
+        sample, rows, T = _sample_tile(S, BM)
         adapter = tl.load(index + sample)
         B += tl.where(adapter < count, adapter, 0) * stride
         up = B + F.to(tl.int64) * ldb - u_first
