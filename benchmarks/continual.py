@@ -27,8 +27,7 @@ from torch import Tensor
 
 import mmpeft
 from mmpeft.data.demos import Demonstrations
-from mmpeft.policies import GaussianHead, MLPTrunk, Policy, collect, make_env, rollout
-from mmpeft.policies.cloning import Memory, as_base, clone
+from mmpeft.policies import GaussianHead, Memory, MLPTrunk, Policy, as_base, clone, collect, make_env, rollout
 from mmpeft.policies.continual import learn_continually
 from mmpeft.policies.continual_strategies import EWC, STRATEGIES
 from mmpeft.policies.parts import Part

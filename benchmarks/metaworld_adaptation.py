@@ -63,8 +63,8 @@ def plan_of(arm: str) -> dict[str, Any]:
 def rows() -> list[Row]:
     return [
         Row(
-            f"{new}/{arm}/s{seed}", tasks, arm, seed=seed, view="corner2", size=128, demonstrations=10, steps=1500, width=512,
-            episodes=20 if new == "shifted" else 50, max_steps=400, shift=looks,
+            f"{new}/{arm}/s{seed}", tasks, arm, seed=seed, view="corner2", size=128, demonstrations=10, steps=1500, width=1024,
+            episodes=20 if new == "shifted" else 50, max_steps=400, copies=0 if arm == "scratch" else 8, shift=looks,
         )
         for new, (tasks, looks) in NEW.items() for arm in ARMS for seed in (1, 2, 3)
     ]  # fmt: skip

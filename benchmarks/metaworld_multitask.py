@@ -40,7 +40,7 @@ def rows() -> list[Row]:
     return [
         Row(
             f"24/{arm}/s{seed}", VISION_TASKS, arm, seed=seed, taps="mid", view="corner2", size=128, steps=24_000, batch=256,
-            width=512, episodes=20, max_steps=400, workers=4 if arm != "blind" else 2,
+            width=1024, episodes=20, max_steps=400, copies=8,
         )
         for seed in (1, 2, 3) for arm in CLONES
     ]  # fmt: skip

@@ -20,8 +20,7 @@ import torch
 
 import mmpeft
 from mmpeft.data.demos import Demonstrations
-from mmpeft.policies import GaussianHead, MLPTrunk, Policy, collect, make_env, ppo, rollout
-from mmpeft.policies.cloning import Memory, as_base, clone
+from mmpeft.policies import GaussianHead, Memory, MLPTrunk, Policy, as_base, clone, collect, make_env, ppo, rollout
 from mmpeft.policies.ppo_loop import PPOResult
 from mmpeft.policies.ppo_trial import before_and_after, print_row
 from mmpeft.policies.rollout_result import RolloutResult

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 import mmpeft
-from mmpeft.policies import DiscreteHead, MLPTrunk, Policy, make_env, ppo, rollout
-from mmpeft.policies.cloning import Memory, as_base, clone
+from mmpeft.policies import DiscreteHead, Memory, MLPTrunk, Policy, as_base, clone, make_env, ppo, rollout
 from mmpeft.policies.ppo_loop import PPOResult
 from mmpeft.policies.ppo_trial import before_and_after, print_row
 from mmpeft.policies.rollout_result import RolloutResult

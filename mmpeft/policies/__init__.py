@@ -49,7 +49,6 @@ from mmpeft.lazy import lazy
 if TYPE_CHECKING:
     from mmpeft.data.demos.record import collect as collect
     from mmpeft.policies.chunking import ChunkExecutor as ChunkExecutor
-    from mmpeft.policies.cloning import Memory as Memory
     from mmpeft.policies.cloning import as_base as as_base
     from mmpeft.policies.cloning import clone as clone
     from mmpeft.policies.continual import learn_continually as learn_continually
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from mmpeft.policies.heads import RegressionHead as RegressionHead
     from mmpeft.policies.heads import VQBeTHead as VQBeTHead
     from mmpeft.policies.instructions import InstructionEncoder as InstructionEncoder
+    from mmpeft.policies.memory import Memory as Memory
     from mmpeft.policies.normalise import Normaliser as Normaliser
     from mmpeft.policies.policy import Policy as Policy
     from mmpeft.policies.policy import load_policy as load_policy
@@ -97,7 +97,7 @@ _LAZY = {
     "LLMTrunk": "mmpeft.policies.trunks_llm",
     "MLPTrunk": "mmpeft.policies.trunks",
     "MixtureHead": "mmpeft.policies.heads",
-    "Memory": "mmpeft.policies.cloning",
+    "Memory": "mmpeft.policies.memory",
     "Normaliser": "mmpeft.policies.normalise",
     "Policy": "mmpeft.policies.policy",
     "PolicySamples": "mmpeft.policies.samples",

@@ -34,8 +34,9 @@ from mmpeft.adapters.plan import Plan, PlanLike, resolve
 from mmpeft.adapters.state import find_state
 from mmpeft.adapters.switch import adapter_parameters
 from mmpeft.errors import ConfigError, NameNotFound, nearest
-from mmpeft.policies.cloning import Memory, clone
+from mmpeft.policies.cloning import clone
 from mmpeft.policies.continual_strategies import STRATEGIES, OLoRA, Sequential
+from mmpeft.policies.memory import Memory
 from mmpeft.policies.policy import Policy
 
 

@@ -15,7 +15,7 @@ from mmpeft.adapters.plan import PlanLike
 from mmpeft.adapters.selection.criteria import Evidence, criterion
 from mmpeft.adapters.switch import adapter_parameters
 from mmpeft.errors import ConfigError
-from mmpeft.policies.cloning import Memory
+from mmpeft.policies.memory import Memory
 from mmpeft.policies.policy import Policy, note_skill
 
 # ---- elastic weight consolidation ----------------------------------------------------------------------------------------

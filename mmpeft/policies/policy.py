@@ -197,9 +197,10 @@ class Policy(Part):
 
         Args:
             batch: `images` uint8 [B, T, V, H, W, 3] or `prefix` [B, T, V, C, h, w] out of a cache; `state` [B, T, S]
-                with `state_mask` [B, T]; `seen` [B, T], False before the episode; `instruction`, B sentences; `action`
-                [B, chunk, A] in the environment's units with `action_mask` [B, chunk]. `normalised: True` says that
-                states and actions are already normalised and padded.
+                with `state_mask` [B, T]; `seen` [B, T], False before the episode; `instruction`, B sentences, or `text` [B, dim],
+                what their encoder gives; `action` [B, chunk, A] in the environment's units with `action_mask` [B, chunk].
+                `normalised: True` says that states and actions are already normalised and padded, and then the mask may
+                be one a number [B, chunk, A].
         """
         self._skill_now()  # a head with a vocabulary takes up the active adapter's
         features = self.features(batch)
@@ -221,7 +222,9 @@ class Policy(Part):
             assert norm is not None
             state = norm.encode(state)
         sentences = batch.get("instruction")
-        text = self.instruction(sentences) if self.instruction is not None else None
+        text = batch.get("text")
+        if text is None and self.instruction is not None:
+            text = self.instruction(sentences)
         features: Tensor = self.trunk(
             Observed(maps, state, text, batch.get("state_mask"), batch.get("seen"), sentences)
         )

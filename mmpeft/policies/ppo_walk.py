@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmpeft.adapters import use
 from mmpeft.errors import ConfigError
-from mmpeft.policies.cloning import join, take
+from mmpeft.policies.memory import join, take
 from mmpeft.policies.policy import Policy
 from mmpeft.policies.ppo_density import Density, Parameters
 from mmpeft.policies.ppo_rollout import Vector, gae

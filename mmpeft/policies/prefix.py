@@ -317,6 +317,10 @@ def random_shift(images: Tensor, generator: torch.Generator, *, pixels: int) -> 
     n, height, width, _ = images.shape
     moves = torch.randint(-pixels, pixels + 1, (n, 2), generator=generator)
     rows = (torch.arange(height) + moves[:, :1]).clamp(0, height - 1)  # [N, H]
+    if images.is_cuda:
+        columns = (torch.arange(width) + moves[:, 1:]).clamp(0, width - 1)
+        which = torch.arange(n, device=images.device)[:, None, None]
+        return images[which, rows.to(images.device)[:, :, None], columns.to(images.device)[:, None, :]]
     moved = torch.empty_like(images)
     for picture, row, (_, right), out in zip(images, rows, moves.tolist(), moved, strict=True):
         picture = picture.index_select(0, row)  # whole rows, then runs of columns: a gather would read pixel by pixel

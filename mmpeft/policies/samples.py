@@ -37,6 +37,7 @@ from mmpeft.policies.prefix import random_shift
 log = logging.getLogger("mmpeft")
 Array = NDArray[Any]
 BATCH = 32  # pictures a forward: larger batches leave the cache of a core and were measured to be three times slower
+GPU_BATCH = 2048  # on a GPU a forward costs its launches
 
 
 class PolicySamples(Dataset[dict[str, Any]]):
@@ -49,6 +50,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
         policy: whose history, views and encoder the samples are for.
         cache: folder of the cached prefixes; None: pictures go through the whole encoder each time.
         copies, shift, seed: of the cached augmentation; 1 copy is none.
+        look: False leaves pictures out.
 
     Raises:
         ConfigError: a cache for an encoder that is not split or not frozen before its split; numbers out of range.
@@ -56,7 +58,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
 
     def __init__(
         self, demonstrations: Any, policy: Any, *, cache: str | Path | None = None, copies: int = 4, shift: int = 5,
-        seed: int = 0,
+        seed: int = 0, look: bool = True,
     ) -> None:  # fmt: skip
         if copies < 1 or shift < 0:
             raise ConfigError(f"copies is at least 1 and shift not negative, given {copies} and {shift}")
@@ -65,7 +67,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
                 raise ConfigError("a prefix cache needs an encoder that was split: TappedEncoder(..., split=...)")
             policy.encoder.check_prefix()
         self.demonstrations, self.history, self.stride = demonstrations, policy.history, policy.execute
-        self.sees = "images" in policy.reads
+        self.sees = look and "images" in policy.reads
         self.cache = None if cache is None else Path(cache)
         self.copies, self.shift, self.seed = copies, shift, seed
         self.places = {place: i for i, place in enumerate(demonstrations.index)}
@@ -83,7 +85,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, step = self.demonstrations.index[index]
-        steps = [max(0, step - k * self.stride) for k in reversed(range(self.history))]
+        steps = self.steps(step)
         missing = [s for s in steps if (number, s) not in self.places]
         if missing:
             raise ConfigError(f"looking back needs every step of an episode (every=1), step {missing[0]} is left out")
@@ -100,6 +102,10 @@ class PolicySamples(Dataset[dict[str, Any]]):
         elif self.sees:
             sample["images"] = _frames([p["images"] for p in past])
         return sample
+
+    def steps(self, step: int) -> list[int]:
+        """The steps of its episode that the sample of `step` looks at, the latest last."""
+        return [max(0, step - k * self.stride) for k in reversed(range(self.history))]
 
     # ---- the cached prefix -----------------------------------------------------------------------------------------
 
@@ -142,16 +148,9 @@ class PolicySamples(Dataset[dict[str, Any]]):
 
     def _encode(self, pictures: Tensor, number: int) -> Array:
         """Bytes [steps, V, H, W, 3] to [steps, copies, V, C, h, w]."""
-        steps, views = pictures.shape[:2]
-        flat, generator = pictures.flatten(0, 1), torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        assert self._encoder is not None
-        found = []
-        for copy in range(self.copies):
-            moved = flat if copy == 0 else random_shift(flat, generator, pixels=self.shift)
-            parts = [moved[i : i + BATCH] for i in range(0, len(moved), BATCH)]
-            start = torch.cat([self._encoder.prefix(self._encoder.pixels(part)).half().cpu() for part in parts])
-            found.append(start.reshape(steps, views, *start.shape[1:]))
-        array: Array = torch.stack(found, 1).numpy()
+        seed = self.seed * 1_000_003 + number
+        found = augmented_prefix(self._encoder, pictures, copies=self.copies, shift=self.shift, seed=seed)
+        array: Array = found.cpu().numpy()
         return array
 
     @staticmethod
@@ -172,6 +171,18 @@ class PolicySamples(Dataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes map the files themselves and need no encoder."""
         return {**self.__dict__, "_encoder": None, "_open": {}}
+
+
+def augmented_prefix(encoder: Any, pictures: Tensor, *, copies: int, shift: int, seed: int) -> Tensor:
+    """Pictures, bytes [steps, V, H, W, 3], through a frozen prefix: [steps, copies, V, C, h, w] in half precision, on the
+    encoder's device; the first copy as they are, the others moved by up to `shift` pixels."""
+    steps, views = pictures.shape[:2]
+    flat, generator = pictures.flatten(0, 1), torch.Generator().manual_seed(seed)
+    moved = torch.cat([flat, *(random_shift(flat, generator, pixels=shift) for _ in range(copies - 1))])
+    batch = GPU_BATCH if next(encoder.parameters()).is_cuda else BATCH
+    parts = [moved[i : i + batch] for i in range(0, len(moved), batch)]
+    maps = torch.cat([encoder.prefix(encoder.pixels(part)).half() for part in parts])
+    return maps.view(copies, steps, views, *maps.shape[1:]).transpose(0, 1).contiguous()
 
 
 class PolicyProcessor:

@@ -24,7 +24,8 @@ class Words(Part):
         self.table = nn.Embedding(256, self.dim)
 
     def forward(self, sentences):
-        return torch.stack([self.table(torch.tensor(list(s.encode()))).mean(0) for s in sentences])
+        device = self.table.weight.device
+        return torch.stack([self.table(torch.tensor(list(s.encode()), device=device)).mean(0) for s in sentences])
 
 
 def eyes(**options):

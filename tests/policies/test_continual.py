@@ -8,9 +8,10 @@ import mmpeft
 from mmpeft.adapters.fingerprint import base_tensors
 from mmpeft.adapters.store import adapter_tensors
 from mmpeft.errors import ConfigError, NameNotFound
-from mmpeft.policies.cloning import Memory, clone
+from mmpeft.policies.cloning import clone
 from mmpeft.policies.continual import learn_continually
 from mmpeft.policies.continual_strategies import EWC, OLoRA, Replay, anchor, ewc_penalty
+from mmpeft.policies.memory import Memory
 from mmpeft.policies.policy import note_skill
 
 from .ppo_kit import cloned
