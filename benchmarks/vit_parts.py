@@ -1,18 +1,20 @@
 """The fused pieces of a ViT block's training step beside the unfused ones (CUDA only): microseconds and GB/s of each.
 
-    python benchmarks/vit_parts.py [--part backward|shrink] [--rows 50432] [--width 3072] [--rank 16] [--gelu none]
+    python benchmarks/vit_parts.py [--part backward|shrink|attention] [--rows 50432] [--width 3072] [--rank 16] [--gelu none]
 
-GB/s counts what the piece has to move at least, once each: the same bytes for both forms, so they compare.
+GB/s counts what the piece has to move at least, once each: the same bytes for both forms, so they compare. Attention:
+197 tokens, heads of 64, on views of qkv and into a wide buffer, as the block runs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
 
-from mmpeft.kernels import fused_ops, vit_sweep
+from mmpeft.kernels import attention, fused_ops, short_attention, vit_sweep
 
 
 def microseconds(fn: Callable[[], object], repeats: int = 30) -> float:
@@ -72,7 +74,47 @@ def shrink(rows: int, width: int, rank: int, kind: str) -> None:
     show("shrink, one pass", lambda: vit_sweep.gelu_shrink(u, act, A, kind), moved)
 
 
-PARTS = {"backward": backward, "shrink": shrink}
+def attend(rows: int, width: int, rank: int, kind: str) -> None:
+    """Attention of heads that make up width / 4: reads q, k, v, writes o; reads them all and do, writes dq, dk, dv."""
+    T, D, h = 197, 64, width // 4
+    B, H = rows // T, h // D
+    make = functools.partial(torch.randn, dtype=torch.bfloat16, device="cuda")
+    q, k, v = make(B, T, 3, H, D).unbind(2)
+    do, wide, scale = make(B, T, H, D), make(B * T, 3 * h + 64), D**-0.5
+    dq, dk, dv = (wide[:, i * h : (i + 1) * h].view(B, T, H, D) for i in range(3))
+    tensor, exact = 2 * B * T * h, None
+    for name in ("cudnn", "flash"):
+        forward = functools.partial(attention._forward_by, name, q, k, v, scale, False, True)
+        o, saved = forward()
+        back = functools.partial(attention._backward_by, name, do, q, k, v, o, saved, scale, False, (dq, dk, dv))
+        show(f"attention, {name}", forward, 4 * tensor)
+        show(f"attention backward with copies, {name}", back, 8 * tensor)
+        if exact is None:
+            exact = [t.clone() for t in (o, dq, dk, dv)]
+    o, lse = short_attention.forward(q, k, v, scale)
+    assert lse is not None and exact is not None
+    for tile in short_attention.forward_tiles(T, D):
+        forward = functools.partial(short_attention.forward, q, k, v, scale, tile=tile)
+        o, lse = forward()
+        show(f"attention, short {tuple(tile)}", forward, 4 * tensor)
+        print(f"    away from cuDNN's: o {away(o, exact[0]):.2e}")
+    for tile in short_attention.backward_tiles(T, D):
+        back = functools.partial(short_attention.backward, do, q, k, v, o, lse, scale, out=(dq, dk, dv), tile=tile)
+        wide.fill_(float("nan"))
+        show(f"attention backward, short {tuple(tile)}", back, 8 * tensor)
+        print(
+            "    away from cuDNN's:",
+            *(f"{n} {away(d, e):.2e}" for n, d, e in zip("qkv", (dq, dk, dv), exact[1:], strict=True)),
+        )
+    print("chosen:", attention.pick(B, T, H, D, H, q.dtype, 0, False, triton=True))
+
+
+def away(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative distance."""
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+PARTS = {"backward": backward, "shrink": shrink, "attention": attend}
 
 
 def main() -> None:

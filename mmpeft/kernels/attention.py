@@ -1,8 +1,10 @@
 """Self-attention, causal or not, for hand-written backwards: forward and backward as plain functions on [B, S, H, D] views.
 
-torch's own kernels do the work: cuDNN or flash, whichever is faster for the shape on this device (measured once a
-shape, on an H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value heads read in place. On CPU
-the reference is `F.scaled_dot_product_attention`, recomputed under autograd in the backward.
+cuDNN, flash or, for few tokens without a mask, `short_attention` does the work, whichever is faster for the shape on
+this device (measured once a shape; on an H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value
+heads read in place. On CPU the reference is `F.scaled_dot_product_attention`, recomputed under autograd in the backward.
+
+The gradients go where the caller wants them (`out`): `short_attention` writes them there, from others they are copied.
 
 Packed documents (`documents.Documents`) attend causally, each within itself: by flash's varlen kernels, which torch's
 `nn.attention.varlen` calls too, so that no mask is read and no work is done between documents; elsewhere by the
@@ -18,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.kernels import tuning
+from mmpeft.kernels import short_attention, tuning
+from mmpeft.kernels.dispatch import use_triton
 from mmpeft.kernels.documents import Documents
 
 aten = torch.ops.aten
+Grads = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(
@@ -35,20 +39,45 @@ def forward(
     """
     if documents is not None:
         return _PACKED[packed_kind(q)][0](q, k, v, scale, documents)
-    kind = _kind(q, k, causal, keep)
-    return _FORWARD[kind](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+    return _forward_by(_kind(q, k, causal, keep), q, k, v, scale, causal, keep)
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool = True,
-    documents: Documents | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, each [B, S, H, D] (strides as the kernel left them)."""
+    documents: Documents | None = None, *, out: Grads | None = None,
+) -> Grads:  # fmt: skip
+    """Gradients of q, k, v, each [B, S, H, D]: in `out`, views of any buffer, or where the kernel left them."""
     if documents is not None:
-        return _PACKED[packed_kind(q)][1](do, q, k, v, o, saved, scale, documents)
-    do, qh, kh, vh, o = (t.transpose(1, 2) for t in (do, q, k, v, o))
-    dq, dk, dv = _BACKWARD[_kind(q, k, causal)](do, qh, kh, vh, o, saved, scale, causal)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        return _put(_PACKED[packed_kind(q)][1](do, q, k, v, o, saved, scale, documents), out)
+    return _backward_by(_kind(q, k, causal), do, q, k, v, o, saved, scale, causal, out)
+
+
+def _forward_by(
+    kind: str, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, keep: bool
+) -> tuple[Tensor, tuple[Any, ...]]:
+    if kind == "short":
+        o, lse = short_attention.forward(q, k, v, scale, keep=keep)
+        return o, (lse,)
+    return _FORWARD[kind](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+
+
+def _backward_by(
+    kind: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float,
+    causal: bool, out: Grads | None,
+) -> Grads:  # fmt: skip
+    if kind == "short":
+        return short_attention.backward(do, q, k, v, o, saved[0], scale, out=out)
+    do, q, k, v, o = (t.transpose(1, 2) for t in (do, q, k, v, o))
+    dq, dk, dv = _BACKWARD[kind](do, q, k, v, o, saved, scale, causal)
+    return _put((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)), out)
+
+
+def _put(grads: Grads, out: Grads | None) -> Grads:
+    if out is None:
+        return grads
+    for d, made in zip(out, grads, strict=True):
+        d.copy_(made)
+    return out
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, tuple[Any, ...]]:
@@ -58,7 +87,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 
 def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         do, q, k, v, o, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale
@@ -73,7 +102,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 
 def _flash_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = saved
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
         do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
@@ -89,7 +118,7 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
 
 def _torch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
         again, _ = _torch(q, k, v, scale, causal)
@@ -106,7 +135,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents)
 
 def _varlen_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, documents: Documents
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     starts, longest, (lse, state, unused) = documents.starts, documents.longest, saved
     lines = (t.flatten(0, 1) for t in (do, q, k, v, o))
     grads = aten._flash_attention_backward(
@@ -125,7 +154,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents)
 
 def _masked_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float, documents: Documents
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
         again, _ = _masked(q, k, v, scale, documents)
@@ -149,32 +178,37 @@ _BACKWARD = {"cudnn": _cudnn_backward, "flash": _flash_backward, "torch": _torch
 def _kind(q: Tensor, k: Tensor, causal: bool, keep: bool = True) -> str:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    return pick(*q.shape, k.shape[2], q.dtype, q.device.index or 0, causal, keep)
+    return pick(*q.shape, k.shape[2], q.dtype, q.device.index or 0, causal, keep, triton=use_triton(q))
 
 
 @functools.cache
 def pick(
-    B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int, causal: bool, keep: bool = True
-) -> str:
-    """The faster of cuDNN and flash at this shape, timed once a device on random data: forward and backward, or forward
-    alone where nothing is kept."""
+    B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int, causal: bool, keep: bool = True, *,
+    triton: bool = False,
+) -> str:  # fmt: skip
+    """The fastest of cuDNN, flash and, with `triton`, `short_attention` at this shape, timed once a device on random
+    views of one qkv: forward and backward, or forward alone where nothing is kept. Where the third is in question, the
+    gradients' way into a wide buffer is part of the time."""
     place = torch.device("cuda", device)
+    short = triton and not causal and HQ == HK and short_attention.fits(S, D, dtype)
 
     @functools.cache  # made only if something is timed
-    def data() -> list[Tensor]:
-        qkv = torch.randn(B, S, HQ + 2 * HK, D, dtype=dtype, device=place)
-        return [t.transpose(1, 2) for t in qkv.split_with_sizes([HQ, HK, HK], 2)]
+    def data() -> tuple[list[Tensor], Tensor, Grads | None]:
+        make = functools.partial(torch.randn, dtype=dtype, device=place)
+        heads = [HQ, HK, HK]
+        q, k, v = make(B, S, sum(heads), D).split_with_sizes(heads, 2)
+        dq, dk, dv, _ = make(B, S, sum(heads) + 1, D).split_with_sizes([*heads, 1], 2)
+        return [q, k, v], make(B, S, HQ, D), (dq, dk, dv) if short else None
 
     def run(kind: str) -> None:
-        q, k, v = data()
-        o, saved = _FORWARD[kind](q, k, v, 0.1, causal)
-        if not keep:
-            return
-        _BACKWARD[kind](o.transpose(1, 2), q, k, v, o.transpose(1, 2), saved, 0.1, causal)
+        (q, k, v), do, out = data()
+        o, saved = _forward_by(kind, q, k, v, D**-0.5, causal, keep)
+        if keep:
+            _backward_by(kind, do, q, k, v, o, saved, D**-0.5, causal, out)
 
-    candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash")}
+    candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash", *["short"] * short)}
     with torch.cuda.device(device):
-        op = "attention" if keep else "attention_forward"
+        op = "attention" + "_forward" * (not keep) + "_short" * short
         return tuning.choose(
             op, (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch", timer=tuning.device_milliseconds
         )

@@ -9,7 +9,8 @@ the rank-wide products; norm and GELU outputs are rebuilt by the backward kernel
 flow (a frozen tower over pixels) nothing is kept. Linears without an adapter have no rank columns (`plain.Plain`).
 
 Where a kernel allows (`vit_sweep`: no dropout, ranks up to 32), GELU goes with fc2's shrink in one pass, and its gradient
-with fc1's dS and dB and fc2's dA. Each block's gradient is written where fc2's backward below reads it.
+with fc1's dS and dB and fc2's dA. Each block's gradient is written where fc2's backward below reads it, attention's where
+qkv's does.
 
 The stack runs whole (one autograd node) or block by block (`OneBlock`, for callers that look at what is between the
 blocks); both read the same weights and masters. `fuse_vit` finds the parts in a model. Limits: frozen norms, biases and
@@ -254,10 +255,9 @@ class FusedVit(Masters):
         block.proj.backward_A(dmid, o, flat, acc, sites[1])
         q, k, v = self._heads(qkv, shape)
         o4 = o.view(*shape, self.heads, -1)
-        grads = attention.backward(do.view_as(o4), q, k, v, o4, kept, self.scale, causal=False)
         dqkv = block.qkv.wide(rows, 3 * h)
-        for i, d in enumerate(grads):
-            dqkv[:, i * h : (i + 1) * h].copy_(d.reshape(rows, h))
+        grads = self._heads(dqkv[:, : 3 * h], shape)
+        attention.backward(do.view_as(o4), q, k, v, o4, kept, self.scale, causal=False, out=grads)
         del do, grads, q, k, v, o4, o, kept, qkv
 
         out, wide = (g_mid, x) if below is None else _room(below, x)
