@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,12 +199,12 @@ def add_rmsnorm(x: Tensor, branch: Product, weight: Tensor, eps: float) -> tuple
     return total, n
 
 
-_known: dict[tuple[object, ...], tuple[int, int]] = {}
+_known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
 def _shape(
-    op: str, key: tuple[object, ...], shapes: list[tuple[int, int]], run: Callable[[tuple[int, int]], None], like: Tensor
-) -> tuple[int, int]:
+    op: str, key: tuple[object, ...], shapes: Sequence[tuple[int, ...]], run: Callable[[Any], None], like: Tensor
+) -> Any:
     """The launch shape that is fastest on this device, timed the first time; off the GPU the first. `run` may be repeated."""
     if not like.is_cuda:
         return shapes[0]

@@ -1,6 +1,7 @@
 """A Llama-type decoder's forward without gradients: nothing kept, and no launch of its own for any low-rank term.
 
-Nine launches a block, as without adapters, which stay unmerged: each GEMM gives its rank columns besides (`expand`).
+Nine launches a block, as without adapters, which stay unmerged: each GEMM gives its rank columns besides (`expand`). Eight where
+samples are short: RoPE is a part of attention then (`rope_attention`).
 
     [z | S] GEMM qkv -> RoPE -> attention -> [z | S] GEMM o -> add+norm -> [z | S] GEMM gate|up -> SwiGLU
     -> [z | S] GEMM down -> add+norm, the next block's
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpeft.kernels import attention, expand, fused_ops
+from mmpeft.kernels import expand, fused_ops, rope_attention
 from mmpeft.kernels.expand import Product
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.grouped import Stack
@@ -49,9 +50,8 @@ def states(
     fused_ops.add_rmsnorm(x, None, blocks[0].norm1, layout.eps, n)
     for i, (block, norm) in enumerate(zip(blocks, [*(b.norm1 for b in blocks[1:]), final_norm], strict=True)):
         of_qkv, of_o, of_gate_up, of_down = (None,) * 4 if stacks is None else stacks.blocks[i]
-        qkv = expand.rope(_product(n, block.qkv, of_qkv, index), layout.heads, layout.kv_heads, *layout.tables)
-        o, _ = attention.forward(*layout.split(qkv), layout.scale, documents=layout.documents, keep=False)
-        branch = _product(o.reshape(x.shape[0], -1), block.o, of_o, index)
+        o = rope_attention.attend(_product(n, block.qkv, of_qkv, index), layout)
+        branch = _product(o, block.o, of_o, index)
         x, n = expand.add_rmsnorm(x, branch, block.norm2, layout.eps)
         act = expand.swiglu(_product(n, block.gate_up, of_gate_up, index))
         x, n = expand.add_rmsnorm(x, _product(act, block.down, of_down, index), norm, layout.eps)
