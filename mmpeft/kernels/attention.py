@@ -200,15 +200,18 @@ def pick(
         dq, dk, dv, _ = make(B, S, sum(heads) + 1, D).split_with_sizes([*heads, 1], 2)
         return [q, k, v], make(B, S, HQ, D), (dq, dk, dv) if short else None
 
-    def run(kind: str) -> None:
+    def run(kind: str) -> tuple[Tensor, ...]:
         (q, k, v), do, out = data()
         o, saved = _forward_by(kind, q, k, v, D**-0.5, causal, keep)
-        if keep:
-            _backward_by(kind, do, q, k, v, o, saved, D**-0.5, causal, out)
+        return (o, *_backward_by(kind, do, q, k, v, o, saved, D**-0.5, causal, out)) if keep else (o,)
+
+    def results(kind: str) -> list[Tensor]:
+        return [t.clone() for t in run(kind)]  # the next run writes into the same buffer
 
     candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash", *["short"] * short)}
     with torch.cuda.device(device):
         op = "attention" + "_forward" * (not keep) + "_short" * short
         return tuning.choose(
-            op, (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch", timer=tuning.device_milliseconds
-        )
+            op, (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch", timer=tuning.device_milliseconds,
+            proof=("cudnn", results) if short else None,
+        )  # fmt: skip

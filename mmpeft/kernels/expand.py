@@ -203,9 +203,11 @@ _known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
 def _shape(
-    op: str, key: tuple[object, ...], shapes: Sequence[tuple[int, ...]], run: Callable[[Any], None], like: Tensor
-) -> Any:
-    """The launch shape that is fastest on this device, timed the first time; off the GPU the first. `run` may be repeated."""
+    op: str, key: tuple[object, ...], shapes: Sequence[tuple[int, ...]], run: Callable[[Any], object], like: Tensor, *,
+    proof: tuple[tuple[int, ...], Callable[[Any], Tensor]] | None = None,
+) -> Any:  # fmt: skip
+    """The launch shape that is fastest on this device, timed the first time; off the GPU the first. `run` may be repeated.
+    proof: see `tuning.choose`."""
     if not like.is_cuda:
         return shapes[0]
     asked = (op, like.device, *key)
@@ -213,7 +215,8 @@ def _shape(
         named = {str(s): s for s in shapes}
         candidates = {name: functools.partial(run, s) for name, s in named.items()}
         timer, otherwise = tuning.device_milliseconds, str(shapes[0])
-        best = tuning.choose(op, key, candidates, like.device, otherwise=otherwise, timer=timer)
+        proved = None if proof is None else (str(proof[0]), lambda name, of=proof[1]: [of(named[name])])
+        best = tuning.choose(op, key, candidates, like.device, otherwise=otherwise, timer=timer, proof=proved)
         if torch.cuda.is_current_stream_capturing():
             return named[best]  # not timed, so not kept
         _known[asked] = named[best]

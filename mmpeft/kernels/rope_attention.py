@@ -149,7 +149,10 @@ def attend(qkv: Product, layout: Layout) -> Tensor:
     def timed(shape: tuple[int, ...]) -> None:
         _run(qkv if shape != SEPARATE else qkv._replace(z=torch.empty_like(z)), layout, shape)
 
-    return _run(qkv, layout, _shape("rope_attention", key, SHAPES, timed, z))
+    def result(shape: tuple[int, ...]) -> Tensor:
+        return _run(qkv._replace(z=z.clone()), layout, shape)
+
+    return _run(qkv, layout, _shape("rope_attention", key, SHAPES, timed, z, proof=(SEPARATE, result)))
 
 
 def _run(qkv: Product, layout: Layout, shape: tuple[int, ...]) -> Tensor:

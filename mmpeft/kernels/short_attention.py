@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,8 +166,8 @@ def forward(
     q, k, v = (t if _in_rows(t) else t.contiguous() for t in (q, k, v))
     o = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if keep else None
-    _launch(
-        _forward, B * H * triton.cdiv(S, BM), q, k, v, o, o if lse is None else lse, q.stride(1), k.stride(1),
+    _forward[(B * H * triton.cdiv(S, BM),)](
+        q, k, v, o, o if lse is None else lse, q.stride(1), k.stride(1),
         v.stride(1), o.stride(1), scale / math.log(2), H, S, KEEP=keep, KEYS=_round_up(S, BN), D=D, DP=_padded(D), BM=BM,
         BN=BN, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
@@ -194,8 +194,8 @@ def backward(
     if any(d.shape != q.shape or d.dtype != q.dtype for d in out):
         raise ConfigError(f"out: {[(*d.shape, d.dtype) for d in out]}; expected three of {(*q.shape, q.dtype)}")
     dq, dk, dv = (d if _in_rows(d) else torch.empty_like(o) for d in out)
-    _launch(
-        _backward, B * H, do, q, k, v, o, lse, dq, dk, dv, do.stride(1), q.stride(1), k.stride(1), v.stride(1), o.stride(1),
+    _backward[(B * H,)](
+        do, q, k, v, o, lse, dq, dk, dv, do.stride(1), q.stride(1), k.stride(1), v.stride(1), o.stride(1),
         dq.stride(1), dk.stride(1), dv.stride(1), scale, scale / math.log(2), H, S, QUERIES=_round_up(S, BM),
         KEYS=_round_up(S, BN), D=D, DP=_padded(D), BM=BM, BN=BN, TURN=BN < 64, num_warps=warps, num_stages=stages,
         maxnreg=registers,
@@ -204,13 +204,6 @@ def backward(
         if d is not made:
             d.copy_(made)
     return out
-
-
-def _launch(kernel: Any, programs: int, *args: object, **constants: object) -> None:
-    try:
-        kernel[(programs,)](*args, **constants)
-    except triton.OutOfResources as error:  # a device with less shared memory: `tuning` passes on to the next shape
-        raise RuntimeError(str(error)) from error
 
 
 def _in_rows(t: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Which of several ways to compute the same thing is fastest at this size on this device: timed once, kept on disk.
 
 `choose` times the candidates the first time a size is met and writes the answer to one JSON file a device, so that the
-next process starts with it. The log says when the first timing of a process begins. A file that cannot be read is
+next process starts with it. Where a library does the same, our kernel is compared with it then, once, before it is used. The log says when the first timing of a process begins. A file that cannot be read is
 ignored (and said so), one that cannot be written costs a timing in the next process and nothing else.
 
 The file is `<cache>/tuning/<device>.json`, <cache> being $MMPEFT_CACHE, or mmpeft under $XDG_CACHE_HOME or ~/.cache. Its
@@ -18,14 +18,20 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mmpeft.kernels.tritonlib import triton
 
 log = logging.getLogger("mmpeft.kernels")
 Key = tuple[object, ...]
+# out of memory, and Triton's own: more shared memory than this device has
+CANNOT_RUN = (RuntimeError,) if triton is None else (RuntimeError, triton.OutOfResources)
+TOLERANCE = 0.02  # relative error of a result in half precision, several roundings long
 
 
 def cache_folder() -> Path:
@@ -44,6 +50,7 @@ def choose(
     *,
     otherwise: str,
     timer: Callable[[Callable[[], object], torch.device], float] | None = None,
+    proof: tuple[str, Callable[[str], Sequence[Tensor]]] | None = None,
 ) -> str:
     """The name of the fastest candidate.
 
@@ -53,6 +60,8 @@ def choose(
             memory, a kernel that does not fit) is out.
         otherwise: the answer where nothing can be timed: none of the candidates runs, or a CUDA graph is being captured.
         timer: run, device -> milliseconds.
+        proof: (a candidate that is trusted, name -> what that candidate computes): one that computes something else on this
+            device is out, however fast, and a warning says so.
     """
     table = _table(device)
     name = f"{op} {' '.join(map(str, key))}"
@@ -63,10 +72,13 @@ def choose(
         return otherwise
     _say_once(table.path)
     times: dict[str, float] = {}
+    expected = _expected(proof)
     for candidate, run in candidates.items():
         try:
+            if proof is not None and expected is not None and candidate != proof[0]:
+                _prove(name, candidate, proof[1](candidate), expected)
             times[candidate] = (timer or milliseconds)(run, device)
-        except RuntimeError as error:
+        except CANNOT_RUN as error:
             log.info("%s: %s cannot run (%s)", name, candidate, str(error).split("\n")[0])
     if not times:
         return otherwise
@@ -74,6 +86,25 @@ def choose(
     log.info("%s: %s (%s)", name, best, ", ".join(f"{k} {t:.3f} ms" for k, t in times.items()))
     table.put(name, best)
     return best
+
+
+def _expected(proof: tuple[str, Callable[[str], Sequence[Tensor]]] | None) -> list[Tensor] | None:
+    """What the trusted candidate computes; None where it cannot run, or none is named."""
+    if proof is None:
+        return None
+    try:
+        return [t.float() for t in proof[1](proof[0])]
+    except CANNOT_RUN:
+        return None
+
+
+def _prove(name: str, candidate: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raises RuntimeError: another result than expected."""
+    for mine, its in zip(found, expected, strict=True):
+        error = float((mine.float() - its).norm() / its.norm().clamp_min(1e-30))
+        if not error <= TOLERANCE:
+            log.warning("%s: %s computes something else here (relative error %.2g), it is not used", name, candidate, error)
+            raise RuntimeError(f"relative error {error:.2g}")
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, *, queued: bool = False) -> float:

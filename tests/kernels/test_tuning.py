@@ -101,3 +101,21 @@ def test_the_real_timer_tells_slow_from_fast():
     slow, fast = torch.randn(300, 300), torch.randn(3, 3)
     best = tuning.choose("mm", (1,), {"slow": lambda: slow @ slow, "fast": lambda: fast @ fast}, CPU, otherwise="")
     assert best == "fast"
+
+
+def test_what_computes_something_else_is_not_used(caplog):
+    """The trusted candidate's result decides, however fast another is; rounding is no difference, NaN is one."""
+    right = torch.arange(1.0, 5.0)
+    results = {"trusted": right, "rounded": right * 1.001, "wrong": right.flip(0), "nan": right * float("nan")}
+    times = {"wrong": 0.1, "nan": 0.2, "rounded": 1.0, "trusted": 2.0}
+    with caplog.at_level(logging.WARNING, "mmpeft.kernels"):
+        best, ran = pick(times, proof=("trusted", lambda name: [results[name]]))
+    assert best == "rounded" and ran == ["rounded", "trusted"]
+    assert [r.getMessage().split()[3] for r in caplog.records] == ["wrong", "nan"]
+
+
+def test_a_trusted_candidate_that_cannot_run_proves_nothing():
+    def result(name):
+        raise RuntimeError("out of memory")
+
+    assert pick({"trusted": None, "ours": 1.0}, proof=("trusted", lambda n: result(n) if n == "trusted" else []))[0] == "ours"
