@@ -71,6 +71,7 @@ class FusedPart:
             raise Unsupported("its weights are packed in few bits; the fused blocks hold them dense")
         self.bound = "" if frozen else names[0]
         self._sites: dict[str, Sites] = {}
+        self._masters: dict[str, tuple[Sites, list[Tensor]]] = {}
         self.reasons: set[str] = set()
         self.calls = {"fused": 0, "own": 0}
         self.others = [p for _, _, slot in slots(module) for p in slot.parameters()]
@@ -148,13 +149,7 @@ class FusedPart:
             return fused
         found = self.sites(name)
         if self.bound != name:
-            first = self.sites(self.bound)
-            pairs = [(found[place][0], first[place][0]) for place in found if place in first]
-            same = len(pairs) == len(found) == len(first)
-            if not same or any(_kind(x) != _kind(y) for x, y in pairs):
-                raise Unsupported(f"{name!r} differs from {self.bound!r} in sites, ranks or scales")
-            masters = {id(b): a for x, y in pairs for a, b in ((x.A, y.A), (x.B, y.B), (x.m, y.m)) if b is not None}
-            fused.rebind([masters[id(m)] for m in fused.masters])
+            fused.rebind(self._masters_of(name, found))
             self.bound = name
             self.versions, self.mark = self._now()
         versions, mark = self._now()
@@ -164,6 +159,22 @@ class FusedPart:
         delta = next(d for _, d in found.values())
         fused.dropout = delta.method.dropout if delta.training else 0.0
         return fused
+
+    def _masters_of(self, name: str, found: Sites) -> list[Tensor]:
+        """An adapter's masters in the order of the fused form's; looked up once for the sites `found`."""
+        known = self._masters.get(name)
+        if known is not None and known[0] is found:
+            return known[1]
+        first = self.sites(self.bound)
+        pairs = [(found[place][0], first[place][0]) for place in found if place in first]
+        same = len(pairs) == len(found) == len(first)
+        if not same or any(_kind(x) != _kind(y) for x, y in pairs):
+            raise Unsupported(f"{name!r} differs from {self.bound!r} in sites, ranks or scales")
+        both = [(a, b) for x, y in pairs for a, b in ((x.A, y.A), (x.B, y.B), (x.m, y.m))]
+        masters = {id(b): a for a, b in both if a is not None and b is not None}
+        ordered = [masters[id(m)] for m in self.fused.masters]
+        self._masters[name] = (found, ordered)
+        return ordered
 
     def _now(self) -> tuple[list[int], Any]:
         """The masters' versions, and an object that `train()` and `eval()` replace."""
