@@ -165,10 +165,14 @@ def _from_memory(row: Row, policy: Any, plan: Any, adapter: str, demonstrations:
     place = next(policy.parameters()).device
     memory = Memory.of(demonstrations, policy, copies=row.copies, seed=row.seed, device=place)
     filled = time.perf_counter() - began
+    print(f"{row.name}: {len(memory)} samples ready in {filled:.0f} s", flush=True)
+    left = row.budget - filled if row.budget else None
+    if left is not None and left < row.budget / 4:
+        raise RuntimeError(f"reading took {filled:.0f} of the row's {row.budget:.0f} s, too little is left to train")
     policy.train()
     losses = clone(
         policy, memory, steps=row.steps, batch_size=row.batch, lr=row.lr, warmup=100, clip=1.0,
-        seed=row.seed, graph=place.type == "cuda", seconds=max(1.0, row.budget - filled) if row.budget else None,
+        seed=row.seed, graph=place.type == "cuda", seconds=left,
     )  # fmt: skip
     policy.eval()
     return {

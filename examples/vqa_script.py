@@ -24,7 +24,7 @@ PLAN = [
 
 
 def build(llm: str = LLM) -> MultimodalLM:
-    connector = PixelShuffleMLP(factor=4, input_norm=False, output_norm=True)
+    connector = PixelShuffleMLP(factor=4, output_norm=True)
     return MultimodalLM(llm, image=IMAGE, connector=connector, **SETTINGS)
 
 
