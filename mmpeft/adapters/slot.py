@@ -66,7 +66,7 @@ class Slot(nn.Module):
         for name in self._modules if names is None else names:
             group = self._modules.get(name)
             if group is not None:
-                for delta in group.children():
+                for delta in group._modules.values():  # `children` takes four times as long
                     assert isinstance(delta, Delta)
                     yield name, delta
 

@@ -72,8 +72,12 @@ def check_rows(model: nn.Module, chosen: Active) -> None:
         raise ConfigError(f"rows= while {', '.join(state_of(model).merged)} are merged; unmerge first")
     refused: dict[str, list[str]] = {}
     for _, owner, slot in slots(model):
+        asked: dict[tuple[object, ...], str] = {}  # 64 adapters of one kind are one question
         for _, delta in slot.deltas(chosen.names):
-            why = _why_no_rows(owner, slot, delta)
+            kind = (delta.site.kind, delta.site.tensor, delta.method.name, delta.method.mixes)
+            if kind not in asked:
+                asked[kind] = _why_no_rows(owner, slot, delta)
+            why = asked[kind]
             if why:
                 refused.setdefault(why, []).append(delta.site.name)
     if refused:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft.kernels.tritonlib import triton
-
 log = logging.getLogger("mmpeft.kernels")
 Key = tuple[object, ...]
-# out of memory, and Triton's own: more shared memory than this device has
-CANNOT_RUN = (RuntimeError,) if triton is None else (RuntimeError, triton.OutOfResources)
 TOLERANCE = 0.02  # relative error of a result in half precision, several roundings long
 
 
@@ -78,7 +75,7 @@ def choose(
             if proof is not None and expected is not None and candidate != proof[0]:
                 _prove(name, candidate, proof[1](candidate), expected)
             times[candidate] = (timer or milliseconds)(run, device)
-        except CANNOT_RUN as error:
+        except _cannot_run() as error:
             log.info("%s: %s cannot run (%s)", name, candidate, str(error).split("\n")[0])
     if not times:
         return otherwise
@@ -88,13 +85,20 @@ def choose(
     return best
 
 
+def _cannot_run() -> tuple[type[Exception], ...]:
+    """What a candidate raises that does not fit: out of memory, or Triton's own for more shared memory than there is. A
+    candidate that raises the second has imported Triton; this file does not."""
+    own = getattr(sys.modules.get("triton"), "OutOfResources", None)
+    return (RuntimeError,) if own is None else (RuntimeError, own)
+
+
 def _expected(proof: tuple[str, Callable[[str], Sequence[Tensor]]] | None) -> list[Tensor] | None:
     """What the trusted candidate computes; None where it cannot run, or none is named."""
     if proof is None:
         return None
     try:
         return [t.float() for t in proof[1](proof[0])]
-    except CANNOT_RUN:
+    except _cannot_run():
         return None
 
 

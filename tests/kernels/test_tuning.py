@@ -119,3 +119,17 @@ def test_a_trusted_candidate_that_cannot_run_proves_nothing():
         raise RuntimeError("out of memory")
 
     assert pick({"trusted": None, "ours": 1.0}, proof=("trusted", lambda n: result(n) if n == "trusted" else []))[0] == "ours"
+
+
+def test_a_kernel_that_asks_too_much_of_the_device_is_out():
+    triton = pytest.importorskip("triton")
+
+    def greedy():
+        raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    times = iter([1.0])
+    best = tuning.choose(
+        "op", (9,), {"greedy": greedy, "modest": lambda: None}, CPU, otherwise="plain",
+        timer=lambda run, device: (run(), next(times))[1],
+    )  # fmt: skip
+    assert best == "modest"
