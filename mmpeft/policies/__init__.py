@@ -37,6 +37,11 @@ Optional attributes:
 **Demonstrations** (`mmpeft.data.demos`) are stored as simulator states, clean actions and proprioception; pictures are
 rendered from them at any size and camera when first used.
 
+**Training** is `mmpeft.tasks.ControlTask` under Lightning, or, where the demonstrations fit in memory, without a loader:
+
+    memory = policies.Memory.of(demonstrations, policy, copies=8, device="cuda")   # pictures through the frozen prefix
+    policies.clone(policy, memory, steps=24_000, graph=True)                       # a step is one CUDA graph
+
 Nothing here imports Gymnasium, MuJoCo or Metaworld until a function that needs it is called.
 """
 
