@@ -6,6 +6,7 @@
     add_grouped      every row of a batch under an adapter of its own
     llama            a whole Llama-type training step (norm, RoPE, attention, SwiGLU, loss) with the fewest passes over
                      memory; `fuse` finds one in a model
+    rope_attention   RoPE, the low-rank terms of q, k, v and causal attention of a short forward in one launch
     short_attention  attention over a ViT's few tokens, whose backward writes straight into the block's wide buffer
 
 Each kernel stands beside its plain-torch reference, which runs where the kernel cannot (no GPU, no Triton); the log

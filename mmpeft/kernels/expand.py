@@ -214,7 +214,7 @@ def _shape(
     if asked not in _known:
         named = {str(s): s for s in shapes}
         candidates = {name: functools.partial(run, s) for name, s in named.items()}
-        timer, otherwise = tuning.device_milliseconds, str(shapes[0])
+        timer, otherwise = tuning.device_milliseconds, str(shapes[0] if proof is None else proof[0])
         proved = None if proof is None else (str(proof[0]), lambda name, of=proof[1]: [of(named[name])])
         best = tuning.choose(op, key, candidates, like.device, otherwise=otherwise, timer=timer, proof=proved)
         if torch.cuda.is_current_stream_capturing():

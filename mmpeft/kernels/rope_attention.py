@@ -32,6 +32,8 @@ MAX_TOKENS = 1024  # of a sample; beyond, the work on keys is no longer small
 SEPARATE = (0, 0, 0)  # RoPE and attention as launches of their own
 # (queries, keys, warps)
 SHAPES = [(32, 64, 4), SEPARATE, (16, 64, 4), (32, 64, 8), (16, 32, 4), (16, 128, 8), (32, 128, 8), (64, 64, 8)]
+# of heads wider than 64, where more keys at a time do not fit the registers
+WIDE_SHAPES = [(16, 32, 8), SEPARATE, (32, 32, 8), (64, 32, 8), (16, 32, 4)]
 
 
 @jit
@@ -142,9 +144,12 @@ def _rope_attention(z, B, factor, bias, cos, sin, o, ldz, ldb, ldo, OUT, S, peri
 def attend(qkv: Product, layout: Layout) -> Tensor:
     """The group's product [z | S] of q, k and v to attention's output o [T, Hq d]; z is used up."""
     (_, S), z, half = layout.shape, qkv.z, layout.tables[0].shape[1]
-    if not use_triton(z) or layout.documents is not None or S > MAX_TOKENS:
+    parted = qkv.chosen is not None and _adapters(qkv)[3] % S != 0  # one sample's tokens under several adapters
+    if not use_triton(z) or layout.documents is not None or S > MAX_TOKENS or parted:
         return _separate(qkv, layout)
-    key = (*layout.shape, layout.heads, layout.kv_heads, half, tuple(qkv.ranks), _adapters(qkv)[3], z.dtype)
+    shapes = SHAPES if half <= 32 else WIDE_SHAPES
+    extras = (qkv.factor is not None, qkv.bias is not None)
+    key = (*layout.shape, layout.heads, layout.kv_heads, half, tuple(qkv.ranks), _adapters(qkv)[3], *extras, z.dtype)
 
     def timed(shape: tuple[int, ...]) -> None:
         _run(qkv if shape != SEPARATE else qkv._replace(z=torch.empty_like(z)), layout, shape)
@@ -152,7 +157,7 @@ def attend(qkv: Product, layout: Layout) -> Tensor:
     def result(shape: tuple[int, ...]) -> Tensor:
         return _run(qkv._replace(z=z.clone()), layout, shape)
 
-    return _run(qkv, layout, _shape("rope_attention", key, SHAPES, timed, z, proof=(SEPARATE, result)))
+    return _run(qkv, layout, _shape("rope_attention", key, shapes, timed, z, proof=(SEPARATE, result)))
 
 
 def _run(qkv: Product, layout: Layout, shape: tuple[int, ...]) -> Tensor:

@@ -90,6 +90,37 @@ def test_an_adapter_a_sample(device, monkeypatch):
 
 @needs_triton
 @torch.no_grad()
+def test_several_adapters_in_one_sample(device):
+    """Runs of rows shorter than a sample: a tile of keys would need more than one B."""
+    product, layout = case(device, B=1, S=24, ranks=(2, 3, 4), stacked=2)
+    S = torch.randn(24, 9, device=device)
+
+    def parted(index):
+        y = product()
+        z = y.z.clone()
+        z[:, y.out :] = S
+        return y._replace(z=z, chosen=torch.tensor(index, device=device))
+
+    with dispatch.backend("reference"):
+        want, other = (rope_attention.attend(parted(index), layout) for index in ([1, 0], [1, 1]))
+    with dispatch.backend("triton"):
+        got = rope_attention.attend(parted([1, 0]), layout)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert (want - other).norm() > 0.1
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [s for s in rope_attention.WIDE_SHAPES if s != rope_attention.SEPARATE], ids=str)
+@torch.no_grad()
+def test_wide_heads(shape, device, monkeypatch):
+    product, layout = case(device, B=1, S=35, heads=2, kv=1, d=128)
+    monkeypatch.setattr(rope_attention, "WIDE_SHAPES", [shape])
+    got, want = both(product, layout, shape, monkeypatch)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@needs_triton
+@torch.no_grad()
 def test_nothing_is_seen_before_its_time(device, monkeypatch):
     """Another last token leaves every earlier output as it was, bit for bit."""
     product, layout = case(device, B=1, S=40)
