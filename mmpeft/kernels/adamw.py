@@ -21,6 +21,7 @@ from mmpeft.kernels.dispatch import use_triton
 from mmpeft.kernels.tritonlib import jit, tl
 
 BLOCK = 1024
+CHUNK = 1024  # tensors copied in one call without the kernel: what it makes in fp32 on the way stays small
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,39 @@ class Refresher:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
+        self.copies, self.scales = [s.copy for s in self.slots], [s.scale for s in self.slots]
         self._tables: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # by the masters' addresses: one an adapter
 
     @torch.no_grad()
     def __call__(self, masters: Sequence[Tensor]) -> None:
         """Compute copies <- masters, which are fp32 [rows, cols], one a slot."""
-        fp32 = all(m.dtype == torch.float32 and m.is_contiguous() for m in masters)
-        if self.slots and fp32 and self.slots[0].copy.dtype in _TL_DTYPE and use_triton(self.slots[0].copy):
-            tables = self._table(tuple(m.data_ptr() for m in masters))
+        sources = tuple(map(Tensor.data_ptr, masters))
+        tables = self._tables.get(sources)
+        if tables is None and self._fits(masters):
+            tables = self._tables[sources] = self._table(sources)
+        if tables is not None:
             copy = _TL_DTYPE[self.slots[0].copy.dtype]()
             _copies[(tables[0].numel(),)](*tables, COPY=copy, BLOCK=BLOCK, num_warps=4)
-            return
-        for slot, master in zip(self.slots, masters, strict=True):
-            slot.copy.copy_(master * slot.scale)
+        elif self.slots:
+            for start in range(0, len(self.slots), CHUNK):
+                part = slice(start, start + CHUNK)
+                torch._foreach_copy_(self.copies[part], torch._foreach_mul(list(masters[part]), self.scales[part]))
+
+    def _fits(self, masters: Sequence[Tensor]) -> bool:
+        """Whether the kernel reads these masters (asked once an address: memory changes its type only by moving)."""
+        fp32 = all(m.dtype == torch.float32 and m.is_contiguous() for m in masters)
+        return bool(self.slots) and fp32 and self.slots[0].copy.dtype in _TL_DTYPE and use_triton(self.slots[0].copy)
 
     def _table(self, sources: tuple[int, ...]) -> tuple[Tensor, ...]:
-        if sources not in self._tables:
-            device = self.slots[0].copy.device
-            blocks = [(i, e) for i, s in enumerate(self.slots) for e in range(0, s.numel, BLOCK)]
-            columns: tuple[list[int], ...] = (
-                [i for i, _ in blocks], [e for _, e in blocks], [s.numel for s in self.slots],
-                [s.shape[1] for s in self.slots], [s.copy.stride(0) for s in self.slots], list(sources),
-                [s.copy.data_ptr() for s in self.slots],
-            )  # fmt: skip
-            scales = torch.tensor([s.scale for s in self.slots], dtype=torch.float32, device=device)
-            whole = [torch.tensor(c, dtype=torch.int64, device=device) for c in columns]
-            self._tables[sources] = (*whole, scales)
-        return self._tables[sources]
+        device = self.slots[0].copy.device
+        blocks = [(i, e) for i, s in enumerate(self.slots) for e in range(0, s.numel, BLOCK)]
+        columns: tuple[list[int], ...] = (
+            [i for i, _ in blocks], [e for _, e in blocks], [s.numel for s in self.slots],
+            [s.shape[1] for s in self.slots], [s.copy.stride(0) for s in self.slots], list(sources),
+            [s.copy.data_ptr() for s in self.slots],
+        )  # fmt: skip
+        scales = torch.tensor([s.scale for s in self.slots], dtype=torch.float32, device=device)
+        return (*(torch.tensor(c, dtype=torch.int64, device=device) for c in columns), scales)
 
 
 class FlatAdamW:

@@ -180,10 +180,13 @@ class Masters:
         """A one-launch AdamW over all adapters (options of `FlatAdamW`)."""
         return FlatAdamW(self.masters, self.slots, after=self.rescale if self.scaled else None, **options)
 
-    def rebind(self, masters: Sequence[Tensor]) -> None:
-        """Put other masters of the same shapes in place of the present ones: another adapter on the same weights."""
+    def check(self, masters: Sequence[Tensor]) -> None:
+        """Refuse masters that differ in number or shape from the present ones."""
         if [m.shape for m in masters] != [m.shape for m in self.masters]:
             raise ConfigError(f"{len(masters)} masters that differ in shape from the {len(self.masters)} of these blocks")
+
+    def rebind(self, masters: Sequence[Tensor]) -> None:
+        """Put other masters, once `check`ed, in place of the present ones: another adapter on the same weights."""
         self.masters = list(masters)
         self.refresh()
 

@@ -8,8 +8,10 @@ why, once a reason.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,7 @@ from mmpeft.adapters.compiled.route import Route
 from mmpeft.adapters.method import Delta
 from mmpeft.adapters.methods.lora import DoRA
 from mmpeft.adapters.slot import part_of
-from mmpeft.adapters.state import Active, find_state, slots
+from mmpeft.adapters.state import Active, State, find_state, slots
 from mmpeft.adapters.storage.packed_weight import PackedWeight
 from mmpeft.adapters.wrapped import is_sharded
 from mmpeft.errors import Unsupported
@@ -33,6 +35,26 @@ from mmpeft.kernels.stored import StoredGroup
 log = logging.getLogger("mmpeft.kernels")
 Place = tuple[str, tuple[int, int] | None]  # path of a linear below the module, row range (None: all)
 Sites = Mapping[Place, tuple[LowRank, Delta]]
+
+
+class Bound:
+    """An adapter as the fused blocks take it, and whether it still is that one."""
+
+    def __init__(self, part: FusedPart, name: str) -> None:
+        assert part.state is not None
+        self.name, self.entry = name, part.state.entries[name]
+        self.rules = self.entry.rules
+        self.sites = part.sites(name, again=True)
+        found = [slot for _, _, slot in slots(part.module)]
+        self.slots = [slot._modules for slot in found]
+        self.groups = [slot._modules.get(name) for slot in found]
+        self.delta = next(d for _, d in self.sites.values())
+        self.masters: list[Tensor] = []  # in the order of the fused blocks
+
+    def holds(self, state: State) -> bool:
+        """Whether the adapter was neither attached anew, nor edited (other rules), nor left out of a layer."""
+        same = state.entries.get(self.name) is self.entry and self.entry.rules is self.rules
+        return same and all(map(operator.is_, map(dict.get, self.slots, repeat(self.name)), self.groups))
 
 
 class FusedPart:
@@ -71,7 +93,7 @@ class FusedPart:
             raise Unsupported("its weights are packed in few bits; the fused blocks hold them dense")
         self.bound = "" if frozen else names[0]
         self._sites: dict[str, Sites] = {}
-        self._masters: dict[str, tuple[Sites, list[Tensor]]] = {}
+        self._adapters: dict[str, Bound] = {}
         self.reasons: set[str] = set()
         self.calls = {"fused": 0, "own": 0}
         self.others = [p for _, _, slot in slots(module) for p in slot.parameters()]
@@ -82,6 +104,13 @@ class FusedPart:
         mine = _storage(groups[0])
         self.first = next((m, n) for m, n, p in _tensors(self.module) if _lies(p) == mine)
         self.place = address(stored(*self.first))
+        if not self.frozen:
+            sites = self.sites(self.bound)
+            factors = [(place, n, t) for place, (x, _) in sites.items() for n, t in x._asdict().items()]
+            at = {id(t): (place, n) for place, n, t in factors if isinstance(t, Tensor)}
+            self.order = [at[id(m)] for m in fused.masters]
+            self.kinds = {place: _kind(x) for place, (x, _) in sites.items()}
+            self.now = self.adapter(self.bound)
         self.versions, self.mark = self._now()
         self.graphed = Graphed(fused.states) if graphs else None
         self.take()
@@ -147,38 +176,42 @@ class FusedPart:
         fused, name = self.fused, name or self.bound
         if self.frozen:
             return fused
-        found = self.sites(name)
-        if self.bound != name:
-            fused.rebind(self._masters_of(name, found))
-            self.bound = name
+        found = self.adapter(name)
+        if found is not self.now:
+            fused.rebind(found.masters)
+            self.bound, self.now = name, found
             self.versions, self.mark = self._now()
-        versions, mark = self._now()
-        if versions != self.versions or mark is not self.mark:
-            fused.refresh()
-            self.versions, self.mark = versions, mark
-        delta = next(d for _, d in found.values())
-        fused.dropout = delta.method.dropout if delta.training else 0.0
+        else:
+            versions, mark = self._now()
+            if versions != self.versions or mark is not self.mark:
+                fused.refresh()
+                self.versions, self.mark = versions, mark
+        fused.dropout = found.delta.method.dropout if found.delta.training else 0.0
         return fused
 
-    def _masters_of(self, name: str, found: Sites) -> list[Tensor]:
-        """An adapter's masters in the order of the fused form's; looked up once for the sites `found`."""
-        known = self._masters.get(name)
-        if known is not None and known[0] is found:
-            return known[1]
-        first = self.sites(self.bound)
-        pairs = [(found[place][0], first[place][0]) for place in found if place in first]
-        same = len(pairs) == len(found) == len(first)
-        if not same or any(_kind(x) != _kind(y) for x, y in pairs):
-            raise Unsupported(f"{name!r} differs from {self.bound!r} in sites, ranks or scales")
-        both = [(a, b) for x, y in pairs for a, b in ((x.A, y.A), (x.B, y.B), (x.m, y.m))]
-        masters = {id(b): a for a, b in both if a is not None and b is not None}
-        ordered = [masters[id(m)] for m in self.fused.masters]
-        self._masters[name] = (found, ordered)
-        return ordered
+    def adapter(self, name: str) -> Bound:
+        """An adapter as it is now, looked up again only where it is another one than before.
+
+        Raises:
+            Unsupported: it has other sites, ranks or scales than the one that was compiled.
+            NameNotFound: it was detached.
+        """
+        assert self.state is not None
+        found = self._adapters.get(name)
+        if found is None or not found.holds(self.state):
+            self._adapters.pop(name, None)
+            self.state.check_names([name])
+            found = Bound(self, name)
+            if {place: _kind(x) for place, (x, _) in found.sites.items()} != self.kinds:
+                raise Unsupported(f"{name!r} differs from the compiled adapter in sites, ranks or scales")
+            found.masters = [getattr(found.sites[place][0], which) for place, which in self.order]
+            self.fused.check(found.masters)
+            self._adapters[name] = found
+        return found
 
     def _now(self) -> tuple[list[int], Any]:
         """The masters' versions, and an object that `train()` and `eval()` replace."""
-        return [m._version for m in self.fused.masters], self.mark_now()
+        return list(map(operator.attrgetter("_version"), self.fused.masters)), self.mark_now()
 
     def mark_now(self) -> Any:
         """An object that `train()` and `eval()` replace."""

@@ -55,7 +55,7 @@ class StackedRows:
         self.pick = _pick(part.module, device)
         factors = []
         for name in self.names:
-            sites = part.sites(name, again=name != part.bound)
+            sites = part.sites(name, again=True)
             if odd := next((path for (path, rows), (f, _) in sites.items() if rows is not None or f.m is not None), None):
                 raise Unsupported(f"{name!r} at {odd} is no plain W + s B A of a whole linear, which is what stacks on it take")
             factors.append({path: f for (path, _), (f, _) in sites.items()})
