@@ -85,9 +85,9 @@ def clone(
             replayed.replay()
             kept[(step - EAGER) % CHECKED] = run.loss
             if (step + 1 - EAGER) % CHECKED == 0 or step + 1 == steps:
+                run.written()
                 for value in kept[: (step - EAGER) % CHECKED + 1].tolist():
                     losses.append(_finite(value, len(losses), lr))
-                run.written()
         step += 1
         if graph and replayed is None and step == EAGER:
             replayed = run.recorded()
@@ -97,7 +97,6 @@ def clone(
             if len(marks) == 2:
                 left = seconds - (marks[1] - began)
                 steps = max(step + 1, min(steps, step + int(left / ((marks[1] - marks[0]) / (4 * EAGER)))))
-    run.written()
     run.optimizer.zero_grad()  # gradients lie in the graph's memory
     return losses
 

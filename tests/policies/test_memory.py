@@ -83,6 +83,23 @@ def test_cloning_from_copies_learns(place):
         assert float(policy(batch)) < 0.6 * sum(losses[:30]) / 30
 
 
+def moved(**options):
+    """The largest change of a weight in one step of lr 1e-2; Adam's is lr where the gradient is far above its eps."""
+    demos, policy = sees()
+    mmpeft.attach(policy, {"trunk": "full", "head": "full"})
+    before = [p.detach().clone() for p in policy.parameters() if p.requires_grad]
+    clone(policy, Memory.of(demos, policy, copies=1), steps=1, batch_size=8, lr=1e-2, weight_decay=0.0, **options)
+    after = [p.detach() for p in policy.parameters() if p.requires_grad]
+    return max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+
+
+def test_clipping_and_warmup():
+    assert moved() == pytest.approx(1e-2, rel=1e-3)
+    assert moved(warmup=10) == pytest.approx(1e-3, rel=1e-3)
+    assert moved(clip=1e3) == pytest.approx(1e-2, rel=1e-3)
+    assert 0 < moved(clip=1e-10) < 1e-4  # no gradient is above 1e-10 then, a hundredth of Adam's eps
+
+
 def test_as_many_steps_as_fit():
     demos, policy = sees()
     mmpeft.attach(policy, {"trunk": "full", "head": "full"})
