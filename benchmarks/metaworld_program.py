@@ -196,6 +196,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 def _one(work: Work, row: Row) -> dict[str, Any]:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # as convolutions are by default
     began = time.perf_counter()
     about = {
         **dataclasses.asdict(row), "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

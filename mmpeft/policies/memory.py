@@ -10,6 +10,8 @@ moved (see `samples`).
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,6 +24,8 @@ from mmpeft.encoders.base import is_frozen
 from mmpeft.errors import ConfigError
 from mmpeft.policies.policy import Policy
 from mmpeft.policies.samples import PolicyProcessor, PolicySamples, augmented_prefix
+
+log = logging.getLogger("mmpeft")
 
 
 @dataclass
@@ -140,10 +144,13 @@ def _prefixes(
     """[N, copies, T, V, C, h, w] fp16."""
     demonstrations, found, place = samples.demonstrations, None, next(policy.encoder.parameters()).device
     of_episode: dict[int, list[tuple[int, list[int]]]] = {}  # number -> its samples and the steps they look at
+    began, reading = time.perf_counter(), 0.0
     for i, (number, step) in enumerate(demonstrations.index):
         of_episode.setdefault(number, []).append((i, samples.steps(step)))
     for number, wanted in of_episode.items():
+        opened = time.perf_counter()
         pictures = torch.from_numpy(np.array(demonstrations.pictures(number))).to(place)
+        reading += time.perf_counter() - opened
         maps = augmented_prefix(policy.encoder, pictures, copies=copies, shift=shift, seed=seed * 1_000_003 + number)
         if found is None:
             lead = (len(samples), copies, policy.history)
@@ -152,6 +159,8 @@ def _prefixes(
         steps = torch.tensor([s for _, s in wanted], device=maps.device)  # [n, T]
         found[rows] = maps[steps].transpose(1, 2).to(device)
     assert found is not None
+    seconds = time.perf_counter() - began
+    log.info("%d episodes through the frozen prefix in %.1f s, %.1f of them to read pictures", len(of_episode), seconds, reading)
     return found
 
 

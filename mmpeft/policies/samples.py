@@ -37,7 +37,7 @@ from mmpeft.policies.prefix import random_shift
 log = logging.getLogger("mmpeft")
 Array = NDArray[Any]
 BATCH = 32  # pictures a forward: larger batches leave the cache of a core and were measured to be three times slower
-GPU_BATCH = 2048  # on a GPU a forward costs its launches
+GPU_BATCH = 256  # on a GPU a forward costs its launches; larger ones fill its memory with blocks of ever other sizes
 
 
 class PolicySamples(Dataset[dict[str, Any]]):
@@ -46,7 +46,7 @@ class PolicySamples(Dataset[dict[str, Any]]):
 
     Args:
         demonstrations: samples with `state`, `instruction`, `action`, `action_mask` and, for policies that see,
-            `images`.
+            `images`; where a cache or the caller takes their place, `without_pictures()` is read, if there is one.
         policy: whose history, views and encoder the samples are for.
         cache: folder of the cached prefixes; None: pictures go through the whole encoder each time.
         copies, shift, seed: of the cached augmentation; 1 copy is none.
@@ -67,7 +67,8 @@ class PolicySamples(Dataset[dict[str, Any]]):
                 raise ConfigError("a prefix cache needs an encoder that was split: TappedEncoder(..., split=...)")
             policy.encoder.check_prefix()
         self.demonstrations, self.history, self.stride = demonstrations, policy.history, policy.execute
-        self.sees = look and "images" in policy.reads
+        self.sees = look and cache is None and "images" in policy.reads
+        self.rows = demonstrations if self.sees else _without_pictures(demonstrations)
         self.cache = None if cache is None else Path(cache)
         self.copies, self.shift, self.seed = copies, shift, seed
         self.places = {place: i for i, place in enumerate(demonstrations.index)}
@@ -89,8 +90,8 @@ class PolicySamples(Dataset[dict[str, Any]]):
         missing = [s for s in steps if (number, s) not in self.places]
         if missing:
             raise ConfigError(f"looking back needs every step of an episode (every=1), step {missing[0]} is left out")
-        now = self.demonstrations[index]
-        past = [now if s == step else self.demonstrations[self.places[number, s]] for s in steps]
+        now = self.rows[index]
+        past = [now if s == step else self.rows[self.places[number, s]] for s in steps]
         sample = {k: now[k] for k in ("instruction", "action", "action_mask") if k in now}
         sample["id"] = f"{now.get('task', 'episode')} seed {now.get('seed', number)} step {step}"
         sample["state"] = _frames([p["state"] for p in past])
@@ -242,6 +243,11 @@ class PolicyProcessor:
             values = [i[key] for i in items]
             batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
         return batch
+
+
+def _without_pictures(demonstrations: Any) -> Any:
+    blind = getattr(demonstrations, "without_pictures", None)
+    return demonstrations if blind is None else blind()
 
 
 def _frames(past: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ chunk that runs over the end of its episode repeats the last action, and `action
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ class Demonstrations(Dataset[dict[str, Any]]):
         if self._pictures is not None:
             sample["images"] = torch.from_numpy(np.array(self.pictures(number)[step]))
         return sample
+
+    def without_pictures(self) -> Demonstrations:
+        """The same samples without `images`, for those who read `pictures` themselves or need none."""
+        blind = copy.copy(self)
+        blind._pictures = None
+        return blind
 
     def instruction(self, number: int) -> str:
         """What the robot is told in episode `number`."""
