@@ -22,6 +22,19 @@ BK = 64
 
 
 @jit
+def _shrink_tile(x, xt, rows, here, A, ar, k, R, K, first,
+                 STEPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr):  # fmt: skip
+    """x A^T [BM, RP] at rows and ranks k, over STEPS blocks of `in` from the one numbered `first`."""
+    total = tl.zeros((BM, RP), tl.float32)
+    for i in range(STEPS):
+        cols = (first + i) * BK + tl.arange(0, BK)
+        v = tl.load(x + rows[:, None] * xt + cols[None, :], mask=here[:, None] & (cols < K)[None, :], other=0.0)
+        a = tl.load(A + k[None, :] * ar + cols[:, None], mask=(k < R)[None, :] & (cols < K)[:, None], other=0.0)
+        total += tl.dot(v, a.to(v.dtype), input_precision="ieee")
+    return total
+
+
+@jit
 def _shrink(x, A, index, part, T, K, R, n, xb, xt, an, ar, TILES,
             STEPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr):  # fmt: skip
     b, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
@@ -29,14 +42,9 @@ def _shrink(x, A, index, part, T, K, R, n, xb, xt, an, ar, TILES,
     rows = tile * BM + tl.arange(0, BM)
     k = tl.arange(0, RP)
     if adapter < n:
-        total = tl.zeros((BM, RP), tl.float32)
         x += b.to(tl.int64) * xb
         A += adapter.to(tl.int64) * an
-        for i in range(STEPS):
-            cols = (split * STEPS + i) * BK + tl.arange(0, BK)
-            v = tl.load(x + rows[:, None] * xt + cols[None, :], mask=(rows < T)[:, None] & (cols < K)[None, :], other=0.0)
-            a = tl.load(A + k[None, :] * ar + cols[:, None], mask=(k < R)[None, :] & (cols < K)[:, None], other=0.0)
-            total += tl.dot(v, a.to(v.dtype), input_precision="ieee")
+        total = _shrink_tile(x, xt, rows, rows < T, A, ar, k, R, K, split * STEPS, STEPS, BM, BK, RP)
         at = (split * tl.num_programs(0) * BM + tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
         tl.store(part + at[:, None] * RP + k[None, :], total)
 
@@ -100,13 +108,7 @@ def _shrink_rows(x, A, index, out, S, K, R, n, ldx, lda, stride, ldo,
     k = tl.program_id(1) * RP + tl.arange(0, RP)
     total = tl.zeros((BM, RP), tl.float32)
     if adapter < n:
-        A += adapter * stride
-        for i in range(STEPS):
-            cols = i * BK + tl.arange(0, BK)
-            inside = (place < S)[:, None] & (cols < K)[None, :]
-            v = tl.load(x + rows[:, None] * ldx + cols[None, :], mask=inside, other=0.0)
-            a = tl.load(A + k[None, :] * lda + cols[:, None], mask=(k < R)[None, :] & (cols < K)[:, None], other=0.0)
-            total += tl.dot(v, a, input_precision="ieee")
+        total = _shrink_tile(x, ldx, rows, place < S, A + adapter * stride, lda, k, R, K, 0, STEPS, BM, BK, RP)
     mask = (place < S)[:, None] & (k < R)[None, :]
     tl.store(out + rows[:, None] * ldo + k[None, :], total.to(out.dtype.element_ty), mask=mask)
 

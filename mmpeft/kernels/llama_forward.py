@@ -1,7 +1,7 @@
 """A Llama-type decoder's forward without gradients: nothing kept, and no launch of its own for any low-rank term.
 
-Nine launches a block, as without adapters, which stay unmerged: each GEMM gives its rank columns besides (`expand`). Eight where
-samples are short: RoPE is a part of attention then (`rope_attention`).
+Nine launches a block, as without adapters, which stay unmerged: each GEMM gives its rank columns besides (`product`), and
+what reads it adds their term (`expand`). Eight where samples are short: RoPE is a part of attention then (`rope_attention`).
 
     [z | S] GEMM qkv -> RoPE -> attention -> [z | S] GEMM o -> add+norm -> [z | S] GEMM gate|up -> SwiGLU
     -> [z | S] GEMM down -> add+norm, the next block's
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mmpeft.kernels import expand, fused_ops, rope_attention
-from mmpeft.kernels.expand import Product
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.grouped import Stack
 from mmpeft.kernels.llama_block import Block, Layout
+from mmpeft.kernels.product import Product
 
 
 @dataclass(eq=False)

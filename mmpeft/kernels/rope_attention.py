@@ -24,9 +24,10 @@ from torch import Tensor
 
 from mmpeft.kernels import attention, expand
 from mmpeft.kernels.dispatch import next_power_of_2, use_triton
-from mmpeft.kernels.expand import Product, _adapters, _padded, _places, _shape
 from mmpeft.kernels.llama_block import Layout
+from mmpeft.kernels.product import Product, padded_rank
 from mmpeft.kernels.tritonlib import jit, tl, triton
+from mmpeft.kernels.tuning import launch_shape
 
 MAX_TOKENS = 1024  # of a sample; beyond, the work on keys is no longer small
 SEPARATE = (0, 0, 0)  # RoPE and attention as launches of their own
@@ -144,12 +145,12 @@ def _rope_attention(z, B, factor, bias, cos, sin, o, ldz, ldb, ldo, OUT, S, peri
 def attend(qkv: Product, layout: Layout) -> Tensor:
     """The group's product [z | S] of q, k and v to attention's output o [T, Hq d]; z is used up."""
     (_, S), z, half = layout.shape, qkv.z, layout.tables[0].shape[1]
-    parted = qkv.chosen is not None and _adapters(qkv)[3] % S != 0  # one sample's tokens under several adapters
+    parted = qkv.chosen is not None and qkv.run_length % S != 0  # one sample's tokens under several adapters
     if not use_triton(z) or layout.documents is not None or S > MAX_TOKENS or parted:
         return _separate(qkv, layout)
     shapes = SHAPES if half <= 32 else WIDE_SHAPES
     extras = (qkv.factor is not None, qkv.bias is not None)
-    key = (*layout.shape, layout.heads, layout.kv_heads, half, tuple(qkv.ranks), _adapters(qkv)[3], *extras, z.dtype)
+    key = (*layout.shape, layout.heads, layout.kv_heads, half, tuple(qkv.ranks), qkv.run_length, *extras, z.dtype)
 
     def timed(shape: tuple[int, ...]) -> None:
         _run(qkv if shape != SEPARATE else qkv._replace(z=torch.empty_like(z)), layout, shape)
@@ -157,7 +158,7 @@ def attend(qkv: Product, layout: Layout) -> Tensor:
     def result(shape: tuple[int, ...]) -> Tensor:
         return _run(qkv._replace(z=z.clone()), layout, shape)
 
-    return _run(qkv, layout, _shape("rope_attention", key, shapes, timed, z, proof=(SEPARATE, result)))
+    return _run(qkv, layout, launch_shape("rope_attention", key, shapes, timed, z, proof=(SEPARATE, result)))
 
 
 def _run(qkv: Product, layout: Layout, shape: tuple[int, ...]) -> Tensor:
@@ -167,11 +168,11 @@ def _run(qkv: Product, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     half, (q_rank, k_rank, v_rank) = cos.shape[1], qkv.ranks
     o = z.new_empty(z.shape[0], layout.heads * 2 * half)
     _rope_attention[(samples * triton.cdiv(S, BM), layout.heads)](
-        z, qkv.B, *_places(qkv), cos, sin, o, z.stride(0), qkv.B.stride(-2), o.stride(0), qkv.out, S, cos.shape[0],
-        layout.scale * math.log2(math.e), 0, q_rank, q_rank + k_rank, q_rank, k_rank, v_rank, *_adapters(qkv),
+        z, qkv.B, *qkv.channel_arguments(), cos, sin, o, z.stride(0), qkv.B.stride(-2), o.stride(0), qkv.out, S, cos.shape[0],
+        layout.scale * math.log2(math.e), 0, q_rank, q_rank + k_rank, q_rank, k_rank, v_rank, *qkv.adapter_arguments(),
         HQ=layout.heads, HK=layout.kv_heads, HALF=half, HP=max(16, next_power_of_2(half)),
-        DP=max(16, next_power_of_2(2 * half)), BM=BM, BN=BN, RP=_padded(qkv.ranks), FACTOR=qkv.factor is not None,
-        BIAS=qkv.bias is not None, GROUPED=qkv.chosen is not None, num_warps=warps, num_stages=2,
+        DP=max(16, next_power_of_2(2 * half)), BM=BM, BN=BN, RP=padded_rank(qkv.ranks), num_warps=warps,
+        num_stages=2, **qkv.flags(),
     )  # fmt: skip
     return o
 

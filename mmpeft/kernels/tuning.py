@@ -1,8 +1,10 @@
 """Which of several ways to compute the same thing is fastest at this size on this device: timed once, kept on disk.
 
 `choose` times the candidates the first time a size is met and writes the answer to one JSON file a device, so that the
-next process starts with it. Where a library does the same, our kernel is compared with it then, once, before it is used. The log says when the first timing of a process begins. A file that cannot be read is
-ignored (and said so), one that cannot be written costs a timing in the next process and nothing else.
+next process starts with it; `launch_shape` does so among the launch shapes of one kernel. Where a library does the same,
+our kernel is compared with it then, once, before it is used. The log says when the first timing of a process begins. A
+file that cannot be read is ignored (and said so), one that cannot be written costs a timing in the next process and
+nothing else.
 
 The file is `<cache>/tuning/<device>.json`, <cache> being $MMPEFT_CACHE, or mmpeft under $XDG_CACHE_HOME or ~/.cache. Its
 name holds everything that makes a measurement stale: the device, its number of multiprocessors, torch and Triton.
@@ -83,6 +85,40 @@ def choose(
     log.info("%s: %s (%s)", name, best, ", ".join(f"{k} {t:.3f} ms" for k, t in times.items()))
     table.put(name, best)
     return best
+
+
+Shape = tuple[int, ...]
+_shapes: dict[Key, Shape] = {}  # what was asked in this process, by op, device and key
+
+
+def launch_shape(
+    op: str,
+    key: Key,
+    shapes: Sequence[Shape],
+    run: Callable[[Any], object],
+    like: Tensor,
+    *,
+    proof: tuple[Shape, Callable[[Any], Tensor]] | None = None,
+) -> Any:
+    """The kernel's launch shape that is fastest on like's device inside CUDA graphs; off the GPU the first of `shapes`.
+
+    Args:
+        run: shape -> one run of it; repeated where it is timed.
+        proof: (the shape that is trusted, shape -> what it computes), see `choose`.
+    """
+    if not like.is_cuda:
+        return shapes[0]
+    asked = (op, like.device, *key)
+    if asked not in _shapes:
+        named = {str(s): s for s in shapes}
+        candidates = {name: functools.partial(run, s) for name, s in named.items()}
+        otherwise = str(shapes[0] if proof is None else proof[0])
+        proved = None if proof is None else (str(proof[0]), lambda name, of=proof[1]: [of(named[name])])
+        best = choose(op, key, candidates, like.device, otherwise=otherwise, timer=device_milliseconds, proof=proved)
+        if torch.cuda.is_current_stream_capturing():
+            return named[best]  # not timed, so not kept
+        _shapes[asked] = named[best]
+    return _shapes[asked]
 
 
 def _cannot_run() -> tuple[type[Exception], ...]:

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.kernels import expand, llama_forward
-from mmpeft.kernels.expand import Product
+from mmpeft.kernels import expand, llama_forward, tuning
 from mmpeft.kernels.fuse import LowRank, from_model
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.packed import PackedGroup
+from mmpeft.kernels.product import Product
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,7 +69,7 @@ def shapes(request, monkeypatch):
     """The first and the last launch shape of every reader, which a GPU would choose from by time."""
     for name in ("NORM_SHAPES", "ROPE_SHAPES", "SWIGLU_SHAPES"):
         monkeypatch.setattr(expand, name, [getattr(expand, name)[request.param]])
-    monkeypatch.setattr(expand, "_known", {})
+    monkeypatch.setattr(tuning, "_shapes", {})
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ import torch
 
 import mmpeft
 from mmpeft.errors import ConfigError
-from mmpeft.kernels import expand
-from mmpeft.kernels.expand import Product
+from mmpeft.kernels import expand, tuning
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.grouped import Stack
 from mmpeft.kernels.packed import PackedGroup
+from mmpeft.kernels.product import Product
 
 transformers = pytest.importorskip("transformers")
 
@@ -230,7 +230,7 @@ def test_swiglu_adds_the_samples_own_rank_term(tokens, ranks, backend, device):
 @torch.no_grad()
 def test_add_and_norm_add_the_samples_own_rank_term(tokens, rank, shape, backend, device, monkeypatch):
     monkeypatch.setattr(expand, "NORM_SHAPES", [shape])
-    monkeypatch.setattr(expand, "_known", {})
+    monkeypatch.setattr(tuning, "_shapes", {})
     product, y = product_of([37], [rank], tokens, device)
     stream, norm = torch.randn_like(y), torch.rand(37, device=device)
     total, normed = expand.add_rmsnorm(stream, product, norm, 1e-6)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mmpeft.kernels import dispatch, rope_attention
-from mmpeft.kernels.expand import Product
 from mmpeft.kernels.group import Group
 from mmpeft.kernels.grouped import Stack
 from mmpeft.kernels.llama_block import Layout
 from mmpeft.kernels.packed import PackedGroup
+from mmpeft.kernels.product import Product
 
 
 def case(device, *, B=2, S=7, heads=4, kv=2, d=16, ranks=(3, 0, 5), bias=True, wide=24, stacked=0, dtype=torch.float32):

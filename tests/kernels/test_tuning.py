@@ -1,7 +1,9 @@
 """The table of measured choices: one file a device, atomic, harmless when damaged or unwritable."""
 
+import functools
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +135,18 @@ def test_a_kernel_that_asks_too_much_of_the_device_is_out():
         timer=lambda run, device: (run(), next(times))[1],
     )  # fmt: skip
     assert best == "modest"
+
+
+def test_a_launch_shape_is_timed_once_and_proved(monkeypatch):
+    """The one that computes something else is out, however fast; off the GPU nothing is timed."""
+    monkeypatch.setattr(tuning, "_shapes", {})
+    times, ran = {(1, 4): 3.0, (2, 8): 2.0, (4, 4): 1.0}, []
+    monkeypatch.setattr(tuning, "device_milliseconds", lambda run, device: (run(), times[ran[-1]])[1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    proof = ((1, 4), lambda shape: torch.full((3,), 2.0 if shape == (4, 4) else 1.0))
+    gpu = SimpleNamespace(is_cuda=True, device=CPU)  # what is read of a tensor there
+    ask = functools.partial(tuning.launch_shape, "op", (7, 5), list(times), ran.append, proof=proof)
+    assert ask(torch.ones(2)) == (1, 4) and not ran
+    assert ask(gpu) == (2, 8) and ran == [(1, 4), (2, 8)]
+    restart()
+    assert ask(gpu) == (2, 8) and len(ran) == 2

@@ -4,7 +4,7 @@ full training, and the vector methods BitFit and LayerNorm tuning."""
 from __future__ import annotations
 
 import torch
-from table import Row
+from row_kit import Row
 from torch import Tensor
 
 import mmpeft

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from table import Row, scattered
+from row_kit import Row, scattered
 
 import mmpeft
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from table import Row, outer
+from row_kit import Row, outer
 
 from mmpeft.adapters.methods import dynamic_rank, lora_noise, lora_prune, quantised
 
