@@ -38,24 +38,26 @@ class Skipped(Exception):
     """An arm that cannot run here; the message says why."""
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that every row has."""
+def parser(doc: str | None, *, results: Path = RESULTS) -> argparse.ArgumentParser:
+    """The options that every row has; `results` is where its lines go."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--arms", nargs="+", help="default: all")
     made.add_argument("--warmup", type=int, default=5)
     made.add_argument("--steps", type=int, default=12)
-    made.add_argument("--out", type=Path, help=f"JSON lines; default {RESULTS.relative_to(RESULTS.parents[2])}")
+    made.add_argument("--out", type=Path, help=f"JSON lines; default {results.relative_to(results.parents[2])}")
     made.add_argument("--tiny", action="store_true", help="toy sizes, on CPU too: does every line of this row run?")
     return made
 
 
-def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None, arms: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments, checked before anything is built; quiet logs but for mmpeft's own."""
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None, arms: Mapping[str, Any], *, cpu: bool = False
+) -> argparse.Namespace:
+    """The arguments, checked before anything is built; quiet logs but for mmpeft's own. `cpu`: full sizes need no GPU."""
     args = made.parse_args(argv)
     args.arms = list(arms) if args.arms is None else args.arms
     if unknown := [a for a in args.arms if a not in arms]:
         made.error(f"unknown arms {', '.join(unknown)}; this row has {', '.join(arms)}")
-    if DEVICE == "cpu" and not args.tiny:
+    if DEVICE == "cpu" and not args.tiny and not cpu:
         made.error("no GPU here: only --tiny runs on CPU")
     if args.tiny:
         args.warmup, args.steps = min(args.warmup, 1), min(args.steps, 3)

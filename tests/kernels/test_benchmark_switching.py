@@ -22,7 +22,9 @@ def test_every_arm_switches_to_what_pefts_does(tmp_path, capsys):
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == sum(len(s.arms) for s in switching.SWITCHES) == printed.count(" ok\n"), printed
-    assert all(x["step_ms"] > 0 and x["sites"] == 14 and x["device"] == "cpu" and "peft" in x["versions"] for x in lines)
+    assert all(
+        x["step_ms"] > 0 and x["sites"] == 14 and x["device"] == "cpu" and "peft" in x["versions"] for x in lines
+    )
     assert {x["adapters"] for x in lines} == {2, 3} and len(switching.table(measured).splitlines()) == 2 + len(lines)
 
 
