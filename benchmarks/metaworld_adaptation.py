@@ -26,6 +26,7 @@ from benchmarks.metaworld_rows import (
     RUNS,
     Row,
     clone,
+    counts,
     evaluate,
     pooled,
     rules,
@@ -53,7 +54,9 @@ def plan_of(arm: str) -> dict[str, Any]:
     trunk: dict[str, Any] = {
         "trunk.connector.{project,narrow.*}": mmpeft.LoRA(rank=16, alpha=16), "trunk.mlp.*": mmpeft.LoRA(rank=16, alpha=16),
         "trunk.state": mmpeft.LoRA(rank=4, alpha=4), "trunk.text": mmpeft.LoRA(rank=16, alpha=16),
-        "head.to_actions.linear": mmpeft.LoRA(rank=16, alpha=16),
+        "head.denoiser.condition": mmpeft.LoRA(rank=16, alpha=16),
+        "head.denoiser.blocks.*.{fc1,fc2,modulate}": mmpeft.LoRA(rank=16, alpha=16),
+        "head.denoiser.blocks.*.{attn,cross}.*_proj": mmpeft.LoRA(rank=16, alpha=16),
     }  # fmt: skip
     return {
         "lora": trunk | {f"{BLOCKS}.{{3,4}}.*.{{conv_pw,conv_pwl}}": mmpeft.LoRA(rank=16, alpha=16)},
@@ -63,7 +66,8 @@ def plan_of(arm: str) -> dict[str, Any]:
 
 
 def rows() -> list[Row]:
-    common: dict[str, Any] = {"view": "corner2", "size": 128, "demonstrations": 10, "steps": 1500, "width": 1024, "max_steps": 400}
+    common: dict[str, Any] = {"view": "corner2", "size": 128, "demonstrations": 10, "steps": 1500, "width": 1024, "max_steps": 500}
+    common |= {"head": "flow", "execute": 4}
     found = []
     for seed in (1, 2, 3):
         found.append(Row(f"old/untouched/s{seed}", VISION_TASKS, "untouched", seed, episodes=OLD_EPISODES, **common))
@@ -119,10 +123,6 @@ def fingerprint(policy: Any) -> torch.Tensor:
         return torch.from_numpy(policy.act(observation))
     finally:
         policy.to(device)
-
-
-def counts(result: Any) -> list[int]:
-    return [result.successes, len(result.episodes)]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -2,59 +2,71 @@
 
     python -m benchmarks.metaworld_multitask              # 50 demonstrations a task, plain camera, three training seeds
     python -m benchmarks.metaworld_multitask --only s1 --budget 240    # what fits into four minutes of training
+    python -m benchmarks.metaworld_multitask --train      # train and save; the same without it then plays what was saved
     python -m benchmarks.metaworld_multitask --table
 
-Arms: `conv` (adapters in the vision tower), `frozen`, `blind`; and of `conv` once more with the instructions of the tasks
-shuffled at evaluation, which says whether the words are read at all. Held-out seeds, held-out wordings of the instructions.
+Arms: `conv` (adapters in the vision tower), `frozen`, `blind`, each with a flow-matching head, a look every four steps and
+noise on the words in training; `conv-l1`, plain regression of whole chunks, for what that is worth. Held-out seeds, each task's first sentence; and
+of the seeing arms some episodes with held-out wordings, and some with the sentence of another task, which says whether
+the words are read at all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.metaworld_program import program
+from benchmarks.metaworld_program import arguments, chosen, finish
 from benchmarks.metaworld_rows import (
     RESULTS,
     RUNS,
-    WHOLE,
     Row,
+    counts,
     env_of,
     evaluate,
-    make_policy,
     paired,
-    plans,
     pooled,
     scores,
     simulators,
-    sizes,
-    train,
-)  # fmt: skip
+    trained,
+)
 from mmpeft.policies.envs.sentences import VISION_TASKS, sentence
 
 OUT = RESULTS / "metaworld_multitask.jsonl"
-CLONES = ("conv", "frozen", "blind")
+FLOW: dict[str, Any] = {"head": "flow", "execute": 4, "word_noise": 1}
+CLONES: dict[str, dict[str, Any]] = {
+    "conv": {"arm": "conv", **FLOW}, "frozen": {"arm": "frozen", **FLOW}, "blind": {"arm": "blind", **FLOW},
+    "conv-l1": {"arm": "conv", "head": "l1", "execute": 8},
+}  # fmt: skip
 
 
 def rows() -> list[Row]:
     return [
         Row(
-            f"24/{arm}/s{seed}", VISION_TASKS, arm, seed=seed, taps="mid", view="corner2", size=128, steps=24_000, batch=256,
-            width=1024, episodes=20, max_steps=400, copies=8,
+            f"24/{name}/s{seed}", VISION_TASKS, seed=seed, taps="mid", view="corner2", size=128, steps=24_000, batch=256,
+            width=1024, episodes=20, max_steps=500, copies=8, **given,
         )
-        for seed in (1, 2, 3) for arm in CLONES
+        for seed in (1, 2, 3) for name, given in CLONES.items()
     ]  # fmt: skip
 
 
 def clone(row: Row) -> dict[str, Any]:
-    """Train one policy on all tasks; play each with a held-out wording, and the seeing one with another task's words."""
-    from mmpeft.policies import save_policy
+    """Train one policy on all tasks, or take up the one that was; play each task with its first sentence, and where it
+    sees, a quarter as often with a held-out wording and with another task's sentence."""
+    policy, training = trained(row)
+    policy.execute = row.execute
+    found = scores(evaluate(row, policy, instruction="canonical")) | training
+    if row.arm != "blind":
+        few = dataclasses.replace(row, episodes=max(1, row.episodes // 4))
+        found["heldout"] = counts(evaluate(few, policy, instruction="heldout"))
+        found["shuffled"] = counts(shuffled(few, policy))
+    return found
 
-    policy = make_policy(row)
-    training = train(row, policy, WHOLE | plans(row.taps)[row.arm], cached=False)
-    save_policy(policy, RUNS / "adapters" / row.name.replace("/", "_"))
-    found = scores(evaluate(row, policy, instruction="heldout")) | training | sizes(policy)
-    return found | ({"shuffled": shuffled(row, policy)} if row.arm == "conv" else {})
+
+def only_train(row: Row) -> dict[str, Any]:
+    """Train and save."""
+    return trained(row)[1]
 
 
 class Misled:
@@ -71,30 +83,31 @@ class Misled:
         return self.policy.act({**observation, "instruction": [self.words.get(t, "") for t in observation["task"]]})
 
 
-def shuffled(row: Row, policy: Any) -> list[int]:
-    """Successes and episodes when each task is told the next task's sentence."""
+def shuffled(row: Row, policy: Any) -> Any:
+    """`RolloutResult` when each task is told the next task's sentence."""
     from mmpeft.policies import rollout
 
     others = (*row.tasks[1:], row.tasks[0])
     words = {env_of(task): sentence(other, "canonical", 0) for task, other in zip(row.tasks, others, strict=True)}
-    seeds = range(row.first, row.first + max(1, row.episodes // 4))
+    seeds = range(row.first, row.first + row.episodes)
     options = {**row.look, "max_steps": row.max_steps}
-    found = rollout(Misled(policy, words), env=list(words), seeds=seeds, options=options, **simulators())
-    return [found.successes, len(found.episodes)]
+    return rollout(Misled(policy, words), env=list(words), seeds=seeds, options=options, **simulators())
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: pooled success of each arm, the paired test of `conv` against the others, success by task."""
-    of = {arm: [x for x in lines if x["arm"] == arm] for arm in CLONES}
+    of = {name: [x for x in lines if x["name"].split("/")[1] == name] for name in CLONES}
     out = ["| arm | success, all tasks and training seeds | by training seed | conv against it |", "|---|---|---|---|"]
     for arm, found in of.items():
         a, b, p = paired(of["conv"], found) if arm != "conv" else (0, 0, 1.0)
         test = f"{a}:{b} p={p:.2g}" if arm != "conv" else ""
         by_seed = ", ".join(f"{x['success']:.2f}" for x in found)
         out.append(f"| {arm} | {pooled(found)} | {by_seed} | {test} |")
-    wrong = [x["shuffled"] for x in of["conv"] if "shuffled" in x]
-    if wrong:
-        out.append(f"| conv, another task's words | {sum(w for w, _ in wrong)}/{sum(n for _, n in wrong)} | | |")
+    for key, said in (("heldout", "held-out wording"), ("shuffled", "another task's sentence")):
+        for name, found in of.items():
+            given = [x[key] for x in found if key in x]
+            if given:
+                out.append(f"| {name}, {said} | {sum(w for w, _ in given)}/{sum(n for _, n in given)} | | |")
     out += ["", "| task | " + " | ".join(CLONES) + " |", "|---" * (len(CLONES) + 1) + "|"]
     for task in VISION_TASKS:
         counts = [[x["by_task"].get(env_of(task), [0, 0]) for x in of[arm]] for arm in CLONES]
@@ -103,5 +116,15 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--train", action="store_true", help="only train and save the policies")
+    given = parser.parse_args()
+    if given.train:
+        finish(chosen(rows(), given), given, RUNS / "trained.jsonl", work=only_train, table=lambda lines: "")
+    else:
+        finish(chosen(rows(), given), given, given.out or OUT, work=clone, table=table)
+
+
 if __name__ == "__main__":
-    program(__doc__, rows(), OUT, work=clone, table=table)
+    main()

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.metaworld_rows import Row, env_of, folder_of, smaller
+from benchmarks.metaworld_rows import Row, env_of, folder_of, saved, smaller
 from mmpeft.policies.envs.gl import egl_devices
 
 Work = Callable[[Row], dict[str, Any]]
@@ -96,7 +96,7 @@ def prepare(rows: Sequence[Row], processes: int) -> None:
     needed: dict[str, int] = {}
     looks: dict[tuple[str, str], tuple[str, dict[str, Any], int]] = {}
     for row in rows:
-        for task in row.tasks:
+        for task in row.tasks if not saved(row) else ():
             needed[task] = max(needed.get(task, 0), row.demonstrations)
             if row.arm != "blind":
                 key = (task, json.dumps(row.look, sort_keys=True))
@@ -174,9 +174,10 @@ def _round(todo: Sequence[Row], out: Path, processes: int, work: Work, began: fl
                 print(f"{line['name']}: FAILED\n{line['error']}", flush=True)
                 continue
             append(out, line)
+            won = f"{line['success']:.2f} {line['interval']}, " if "success" in line else ""
             print(
-                f"{line['name']}: {line['success']:.2f} {line['interval']}, {line.get('trained_steps')} steps in "
-                f"{line.get('train_seconds')} s, {line['seconds']:.0f} s in all, {time.perf_counter() - began:.0f} s since start",
+                f"{line['name']}: {won}{line.get('trained_steps')} steps in {line.get('train_seconds')} s, "
+                f"{line['seconds']:.0f} s in all, {time.perf_counter() - began:.0f} s since start",
                 flush=True,
             )
     if lost:

@@ -8,6 +8,7 @@ Seeds: demonstrations take the expert's 0, 1, 2, ...; settings are chosen on `TU
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 TUNE, FRESH = 40_000, 70_000  # first seeds
 TAPS = {"last": (4,), "mid": (2, 3)}  # EfficientNet-Lite0's last map (stride 32), and strides 8 and 16
 BLOCKS = "encoder.backbone.blocks"
+HEADS = {"l1": "RegressionHead", "flow": "FlowHead"}
 WHOLE = {"trunk": "full", "head": "full"}
 
 
@@ -42,6 +44,7 @@ def plans(taps: str) -> dict[str, dict[str, Any]]:
 
 
 ARMS = ("blind", "frozen", "lora", "conv", "full", "scratch")
+PLAYED = ("budget", "workers", "episodes", "first", "max_steps", "execute")  # what a saved policy does not depend on
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Row:
     tasks: tuple[str, ...]
     arm: str
     seed: int = 1
+    head: str = "l1"  # of HEADS
+    word_noise: float = 0  # of the sentences' vectors, in training
+    execute: int = 8  # steps of a chunk of 8 that are carried out before the policy looks again
     taps: str = "mid"
     view: str = "close"
     size: int = 96
@@ -88,6 +94,16 @@ def folder_of(task: str) -> Path:
     return RUNS / "demos" / task
 
 
+def adapter_of(row: Row) -> Path:
+    """Where a row keeps its policy."""
+    return RUNS / "adapters" / row.name.replace("/", "_")
+
+
+def saved(row: Row) -> bool:
+    """Whether the row's policy was trained."""
+    return (adapter_of(row) / "adapter.json").exists()
+
+
 def env_of(task: str) -> str:
     return f"metaworld:{task}"
 
@@ -106,7 +122,8 @@ def make_policy(row: Row) -> Any:
         eyes = policies.TappedEncoder("package:efficientnet-lite0", taps=TAPS[row.taps], split=2)
     return policies.Policy(
         encoder=eyes, instruction="package:minilm-l6", trunk=policies.MLPTrunk(width=row.width),
-        head=policies.RegressionHead(), action_dim=4, state_dim=4, chunk=8, image_size=row.size,
+        head=getattr(policies, HEADS[row.head])(), action_dim=4, state_dim=4, chunk=8, execute=row.execute, image_size=row.size,
+        word_noise=row.word_noise,
     )  # fmt: skip
 
 
@@ -197,14 +214,35 @@ def simulators() -> dict[str, Any]:
     return {"num_envs": cores if cores > 1 else 5, "asynchronous": cores > 1}
 
 
+def trained(row: Row) -> tuple[Any, dict[str, Any]]:
+    """The row's policy, and what is known of its training: read where it was saved before, else trained and saved."""
+    from mmpeft.adapters import read_metadata
+    from mmpeft.policies import load_policy, save_policy
+
+    folder, recipe = adapter_of(row), {k: v for k, v in dataclasses.asdict(row).items() if k not in PLAYED}
+    recipe = json.loads(json.dumps(recipe))
+    if saved(row):
+        about = read_metadata(folder)
+        if about["row"] != recipe:
+            raise RuntimeError(f"{folder} was trained as {about['row']}, not as {recipe}: move it away to train anew")
+        policy = load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return policy, dict(about["training"])
+    policy = make_policy(row)
+    training = train(row, policy, WHOLE | plans(row.taps)[row.arm]) | sizes(policy)
+    training["trained_on"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    save_policy(policy, folder, metadata={"row": recipe, "training": training})
+    return policy, training
+
+
 def clone(row: Row) -> dict[str, Any]:
     """A row from nothing: train, save, evaluate."""
-    from mmpeft.policies import save_policy
+    policy, training = trained(row)
+    return scores(evaluate(row, policy)) | training
 
-    policy = make_policy(row)
-    training = train(row, policy, WHOLE | plans(row.taps)[row.arm])
-    save_policy(policy, RUNS / "adapters" / row.name.replace("/", "_"), metadata={"row": dataclasses.asdict(row)})
-    return scores(evaluate(row, policy)) | training | sizes(policy)
+
+def counts(result: Any) -> list[int]:
+    """Successes and episodes of a `RolloutResult`."""
+    return [result.successes, len(result.episodes)]
 
 
 def sizes(policy: Any) -> dict[str, int]:

@@ -64,12 +64,13 @@ def attach(
         )
     targets = resolve(model, plan)
     before = state.active
+    mode = freezing.learning(model) if state.entries else model.training  # an adapted root is frozen and does not tell
     if not state.entries:
         state.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         state.training = {n: m.training for n, m in model.named_modules()}
     try:
         _insert(model, state, plan, targets, name)
-        freezing.freeze(model, full_paths(model, plan))
+        freezing.freeze(model, full_paths(model, plan), mode)
         state.entries[name] = Entry(plan.to_list())
         state.active = Active((name,))
         if check:
@@ -204,6 +205,7 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
         from mmpeft.adapters.switch import unmerge
 
         unmerge(model)
+    mode = freezing.learning(model)
     for _, _, slot in list(slots(model)):
         for n in gone & set(slot._modules):
             del slot._modules[n]
@@ -214,7 +216,8 @@ def detach(model: nn.Module, name: str | None = None, *, bake: bool = False) -> 
     forget(model, gone)
     if state.entries:
         entries = state.entries.values()
-        freezing.follow(model, set().union(*(full_paths(model, Plan.read(e.rules)) for e in entries if e.rules)))
+        trained = set().union(*(full_paths(model, Plan.read(e.rules)) for e in entries if e.rules))
+        freezing.follow(model, trained, mode)
     else:
         freezing.restore(model)
         for _, owner, _ in list(slots(model)):

@@ -8,6 +8,9 @@ this file: the attached root's `train(mode)` calls `set_modes`, which lets adapt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from mmpeft.adapters.method import Delta
@@ -18,20 +21,20 @@ from mmpeft.adapters.wrapped import INNER
 TRAINED_PATHS = "_mmpeft_trained_paths"
 
 
-def freeze(root: nn.Module, trained_paths: set[str]) -> None:
-    """Switch off gradients of all base tensors and the training mode of all but `trained_paths`."""
+def freeze(root: nn.Module, trained_paths: set[str], mode: bool) -> None:
+    """Switch off gradients of all base tensors and the training mode of all but `trained_paths`, which get `mode`."""
     for module in root.modules():
         if not isinstance(module, Delta):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.requires_grad_(False)
-    follow(root, root.__dict__.get(TRAINED_PATHS, set()) | trained_paths)
+    follow(root, root.__dict__.get(TRAINED_PATHS, set()) | trained_paths, mode)
 
 
-def follow(root: nn.Module, trained_paths: set[str]) -> None:
-    """Say which modules follow `train(mode)`."""
+def follow(root: nn.Module, trained_paths: set[str], mode: bool) -> None:
+    """Say which modules follow `train(mode)`, and let them follow it."""
     root.__dict__[TRAINED_PATHS] = trained_paths
-    set_modes(root, root.training)
+    set_modes(root, mode)
 
 
 def set_modes(root: nn.Module, mode: bool) -> None:
@@ -57,6 +60,25 @@ def _set(module: nn.Module, mode: bool, path: str, trained: set[str], follows: b
     for name, child in module.named_children():
         below = path if name in INNER else f"{path}.{name}" if path else name
         _set(child, mode, below, trained, follows or below in trained)
+
+
+def learning(module: nn.Module) -> bool:
+    """Whether anything in it is in training mode. `training` does not tell: that of an adapted model is its base's."""
+    return any(m.training for m in module.modules())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode afterwards (not `train()`, which would wake frozen parts, or put
+    adapters to sleep where it is told the frozen root's mode)."""
+    awake = [m for m in module.modules() if m.training]
+    if awake:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m in awake:
+            m.training = True
 
 
 def restore(root: nn.Module) -> None:

@@ -52,7 +52,7 @@ def noise(deltas: Iterable[Delta], draw: int = 0) -> Iterator[dict[int, Tensor]]
 def put_back(model: nn.Module) -> Iterator[None]:
     """Restore buffers, modes and every random state (transformers masks spectrograms by numpy's)."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(cards):
@@ -61,7 +61,9 @@ def put_back(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(others[0])
             np.random.set_state(others[1])
-            model.train(training)
+            model.train(model.training)  # adapters drop what they keep between steps
+            for m, mode in modes:  # the root of a model that has adapters is frozen, and they are not
+                m.training = mode
             with torch.no_grad():
                 for b, value in buffers:
                     b.copy_(value)

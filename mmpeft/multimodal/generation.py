@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.errors import ConfigError
 from mmpeft.multimodal.collate import Batch, collate
-from mmpeft.multimodal.language_model import evaluating
 from mmpeft.multimodal.rows import rows_of
 from mmpeft.multimodal.sample import Sample
 

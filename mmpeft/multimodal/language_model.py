@@ -8,14 +8,14 @@ compares packed with separate documents, on a few random inputs; a model that di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.errors import Unsupported
 from mmpeft.kernels.cross_entropy import postprocess_logits
 
@@ -104,18 +104,6 @@ def verify_packing(llm: Any) -> None:
             f"{type(llm).__name__} with attn_implementation={llm.config._attn_implementation!r} lets packed documents "
             "see each other; batch without packing"
         )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own mode afterwards (not `train()`, which would wake frozen parts)."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def _probe(llm: Any, length: int) -> Tensor:

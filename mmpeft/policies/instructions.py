@@ -60,3 +60,14 @@ class InstructionEncoder(Part):
         tokens = tokens.float()  # the checkpoint may be in half precision; states and maps reach the trunk in fp32
         weight = mask.unsqueeze(-1).float()
         return F.normalize((tokens * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def noisy_words(vectors: Tensor, most: float) -> Tensor:
+    """Sentence vectors [B, dim] with Gaussian noise, its length about `most` times a number drawn from 0 .. 1 for each.
+
+    A policy hears a handful of sentences and learns them by heart; another wording of one of them is a vector nearby.
+    Noise on embeddings in training is NEFTune's (Jain et al. 2023, arXiv 2310.05914), there for language models.
+    """
+    length = most * torch.rand(len(vectors), 1, device=vectors.device) / vectors.shape[-1] ** 0.5
+    noisy: Tensor = vectors + length * torch.randn_like(vectors)
+    return noisy

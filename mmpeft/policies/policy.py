@@ -19,6 +19,7 @@ widths, an adapter whose statistics have fewer dimensions is padded and masked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapters import load, read_metadata, save
+from mmpeft.adapters.freeze import evaluating, learning
 from mmpeft.adapters.state import find_state
 from mmpeft.errors import BadSample, BaseMismatch, ConfigError, FileFormatError
 from mmpeft.policies.heads.base import Head
-from mmpeft.policies.instructions import InstructionEncoder
+from mmpeft.policies.instructions import InstructionEncoder, noisy_words
 from mmpeft.policies.normalise import Kind, Normaliser, Statistics
 from mmpeft.policies.observing import History, batched_images
 from mmpeft.policies.parts import Part, make
@@ -56,6 +58,7 @@ class Policy(Part):
         readouts: feature tokens the trunk gives the head, 1 or `chunk`.
         actions, states: normalisation: "mean_std", "min_max", "quantile" or "identity".
         keep_actions: action dimensions that are not normalised (a binary gripper).
+        word_noise: in training each sentence's unit vector gets Gaussian noise of up to this length (`noisy_words`).
 
     Attributes:
         environment: `describe()` of where the active adapter was trained; `rollout` refuses other environments.
@@ -69,7 +72,7 @@ class Policy(Part):
         encoder: TappedEncoder | Part | str | None = None, instruction: InstructionEncoder | str | None = None,
         chunk: int = 8, execute: int | None = None, image_size: int | Sequence[int] = 96, views: int = 1,
         history: int = 1, readouts: int = 1, actions: Kind = "mean_std", states: Kind = "mean_std",
-        keep_actions: Sequence[int] = (),
+        keep_actions: Sequence[int] = (), word_noise: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         execute = chunk if execute is None else execute
@@ -78,6 +81,9 @@ class Policy(Part):
                 f"need action_dim, chunk, views, history of 1 or more, state_dim of 0 or more, 1 <= execute <= chunk; "
                 f"given {action_dim}, {chunk}, {views}, {history}, {state_dim}, execute={execute}"
             )
+        if not 0 <= word_noise < math.inf:
+            raise ConfigError(f"word_noise is 0 or more, given {word_noise}")
+        self.word_noise = word_noise
         side = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.image_size: tuple[int, int] = (int(side[0]), int(side[1]))
         self.action_dim, self.state_dim, self.chunk, self.execute = action_dim, state_dim, chunk, execute
@@ -225,6 +231,8 @@ class Policy(Part):
         text = batch.get("text")
         if text is None and self.instruction is not None:
             text = self.instruction(sentences)
+        if text is not None and self.word_noise and learning(self):
+            text = noisy_words(text, self.word_noise)
         features: Tensor = self.trunk(
             Observed(maps, state, text, batch.get("state_mask"), batch.get("seen"), sentences)
         )
@@ -316,19 +324,13 @@ class Policy(Part):
         Raises:
             BadSample: an observation that does not fit. ConfigError: a prediction that is not finite.
         """
-        training = self.training
-        if training:
-            self.eval()
-        try:
+        with evaluating(self):
             if adapters is None:
                 actions = self.predict(self.observe(observation), generator=self._generator)
             else:
                 from mmpeft.policies.by_row import predict_by_row
 
                 actions = predict_by_row(self, observation, adapters, self._generator)
-        finally:
-            if training:
-                self.train()
         found = actions.cpu().numpy()
         if not np.isfinite(found).all():
             rows = sorted(set(np.argwhere(~np.isfinite(found))[:, 0].tolist()))

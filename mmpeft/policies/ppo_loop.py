@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmpeft.adapters import detach, parameter_groups, use
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.adapters.plan import Plan, PlanLike
 from mmpeft.errors import ConfigError
 from mmpeft.policies.policy import Policy, save_policy
@@ -183,8 +185,8 @@ def _train(
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(o["seed"])
     walk = Walk(vector, actor, gamma=o["gamma"], scale=o["reward_scale"], generator=generator)
-    training = policy.training
-    policy.eval()  # a ratio of probabilities makes no sense across dropout masks
+    quiet = ExitStack()
+    quiet.enter_context(evaluating(policy))  # a ratio of probabilities makes no sense across dropout masks
     walk.begin(_seed(o["seed"], 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(o["seed"])
@@ -220,7 +222,7 @@ def _train(
                 keeper.save(folder, curve)
                 walk.begin(_seed(o["seed"], len(curve)))  # what a resumed run would do
     finally:
-        policy.train(training)
+        quiet.close()
         use(policy, actor.names)
     return PPOResult(actor, critic, curve, steps, time.perf_counter() - began, adapter)
 

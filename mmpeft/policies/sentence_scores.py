@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.errors import ConfigError, Unsupported, nearest
 
 Length = Literal["sum", "mean"]
@@ -70,13 +71,9 @@ class Scorer:
         limit, longest = getattr(self.model.config, "max_position_embeddings", None), len(ids) + max(map(len, rows))
         if not ids or (limit is not None and longest > limit):
             raise ConfigError(f"prompt and sentence have {longest} tokens, the model has {limit} positions")
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             last = self._read(ids)
             parts = [self._score(last, rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
-        finally:
-            self.model.train(training)
         return torch.cat(parts), torch.tensor([len(r) for r in rows])
 
     def _read(self, ids: list[int]) -> Tensor:

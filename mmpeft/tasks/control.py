@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.adapters.state import find_state
 from mmpeft.data.demos.dataset import Demonstrations
 from mmpeft.data.encoding import OnBad
@@ -191,10 +192,8 @@ class ControlTask(AdapterTask):
     def _roll_out(self) -> None:
         if self.rollout is None or not self.trainer.is_global_zero:
             return
-        training = self.model.training
-        self.model.eval()
-        found = {k: float(v) for k, v in self.rollout(self.model).items()}
-        self.model.train(training)
+        with evaluating(self.model):
+            found = {k: float(v) for k, v in self.rollout(self.model).items()}
         self.successes.append({"epoch": float(self.current_epoch), "step": float(self.global_step), **found})
         rows = {f"rollout_{k}": v for k, v in found.items()}
         self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in rows.items()})

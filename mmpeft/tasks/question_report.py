@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.data.samples import Sample, question_text
 from mmpeft.errors import ConfigError, require
 from mmpeft.metrics import load_metric
@@ -112,15 +113,10 @@ def answer_all(task: Any, samples: Sequence[Sample], *, batch_size: int) -> list
     `task` needs `model`, `processor` and `max_new_tokens`.
     """
     model = task.model
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            prompts = [task.processor.encode(s, train=False)[1] for s in samples]
-            answers: list[str] = model.generate(prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
-            return answers
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        prompts = [task.processor.encode(s, train=False)[1] for s in samples]
+        answers: list[str] = model.generate(prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
+    return answers
 
 
 def table(result: dict[str, Any]) -> str:

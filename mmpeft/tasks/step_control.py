@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mmpeft.adapters.example import waiting
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.adapters.selection.controller import Controller, Loop, Loss
 from mmpeft.errors import ConfigError, MmpeftError, Unsupported, require
 from mmpeft.tasks.base import AdapterTask
@@ -59,15 +60,8 @@ def quiet(loss: Callable[[Any, Any], Tensor], trainer: Any, task: Any, batch: An
     batch = trainer.strategy.batch_to_device(batch, task.device)
 
     def run() -> Tensor:
-        modes = [(m, m.training) for m in task.modules()]
-        task.eval()
-        try:
-            with trainer.precision_plugin.forward_context():
-                return loss(task, batch)
-        finally:
-            task.train()  # the adapters' own bookkeeping follows
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(task), trainer.precision_plugin.forward_context():
+            return loss(task, batch)
 
     return run
 

@@ -1,11 +1,14 @@
 """Demonstrations in memory: the same samples as a loader gives, and a training from them."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import mmpeft
 from mmpeft.errors import ConfigError
 from mmpeft.policies.cloning import clone
+from mmpeft.policies.heads import ACTHead, DiffusionHead, FlowHead, MixtureHead, RegressionHead
 from mmpeft.policies.memory import Memory, prepared
 from mmpeft.policies.policy import note_skill
 from mmpeft.policies.samples import PolicySamples
@@ -64,9 +67,19 @@ def test_sentences_stay_where_their_encoder_trains():
     assert "text" not in ready.batch and len(ready.batch["instruction"]) == len(ready)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_cloning_from_copies_learns(place):
-    demos, policy = sees(instruction=Words().requires_grad_(False))
+SMALL = {"width": 16, "heads": 2}
+HEADS = {
+    "l1": RegressionHead, "mixture": MixtureHead, "act": partial(ACTHead, latent=4, kl_weight=0.1, **SMALL),
+    "flow": partial(FlowHead, depth=1, **SMALL), "diffusion": partial(DiffusionHead, depth=1, **SMALL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "head"),
+    [("cpu", "l1"), ("cpu", "flow"), *(pytest.param("cuda", h, marks=PLACES[1].marks) for h in HEADS)],  # as CUDA graphs
+)
+def test_cloning_from_copies_learns(place, head):
+    demos, policy = sees(instruction=Words().requires_grad_(False), head=HEADS[head](), word_noise=0.1)
     policy.to(place)
     plan = {"trunk": "full", "head": "full", "encoder.backbone.blocks.2.*": mmpeft.ConvAdapter(size=4)}
     mmpeft.attach(policy, plan)

@@ -4,14 +4,21 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import mmpeft
 from benchmarks import metaworld_program as program
+from benchmarks import metaworld_rows
 from benchmarks import metaworld_vision as vision
 from benchmarks.metaworld_multitask import Misled
 from benchmarks.metaworld_rows import Row, paired, plans, pooled, simulators
+from mmpeft.policies.policy import note_skill
+
+from .policy_kit import Demos, make_policy
 
 
 def parsed(*words):
@@ -141,3 +148,36 @@ def test_pairs_are_of_the_same_training_seed_and_pooled_over_all():
     b = [{"seed": 1, "won": ["t:2", "t:3"], "by_task": {"t": [2, 3]}}]
     assert paired(a, b) == (1, 1, 1.0) and paired(a, []) == (0, 0, 1.0)
     assert pooled(a) == "3/6 0.50 (0.19-0.81)" and pooled([]) == "-"
+
+
+def test_a_trained_row_is_taken_up_and_another_recipe_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(metaworld_rows, "RUNS", tmp_path)
+    calls = []
+
+    def train(row, policy, plan):
+        calls.append(row.name)
+        data = Demos(chunk=8, dims=4)
+        policy.fit(data.stacked("action"), data.stacked("state"))
+        mmpeft.attach(policy, plan)
+        note_skill(policy, "default")
+        return {"trained_steps": row.steps}
+
+    monkeypatch.setattr(metaworld_rows, "train", train)
+    monkeypatch.setattr(metaworld_rows, "make_policy", lambda row: make_policy(encoder=None, chunk=8, action_dim=4))
+    row = Row("24/blind/s1", ("push-v3",), "blind", steps=7, width=16)
+    policy, about = metaworld_rows.trained(row)
+    again, known = metaworld_rows.trained(replace(row, episodes=3, execute=4))
+    assert calls == ["24/blind/s1"] and known == about and known["trained_steps"] == 7 and known["bytes"] > 0
+    batch = {"state": torch.randn(3, 1, 4)}
+    assert torch.equal(policy.eval().predict(batch), again.predict(batch))
+    with pytest.raises(RuntimeError, match="was trained as"):
+        metaworld_rows.trained(replace(row, steps=8))
+
+
+def test_nothing_is_drawn_for_a_trained_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(metaworld_rows, "RUNS", tmp_path)
+    row = Row("24/conv/s1", ("push-v3",), "conv")
+    metaworld_rows.adapter_of(row).mkdir(parents=True)
+    (metaworld_rows.adapter_of(row) / "adapter.json").touch()
+    monkeypatch.setattr(program, "_pool", None)  # nothing may be recorded
+    program.prepare([row], 2)

@@ -7,6 +7,7 @@ import torch
 import mmpeft
 from mmpeft.errors import BadSample, BaseMismatch, ConfigError, FileFormatError
 from mmpeft.policies import heads
+from mmpeft.policies.instructions import noisy_words
 from mmpeft.policies.policy import load_policy, note_skill, save_policy
 from mmpeft.policies.trunks import MLPTrunk, TransformerTrunk
 
@@ -269,11 +270,31 @@ def test_nan_actions_never_reach_the_robot():
         {"history": 0},
         {"readouts": 2},
         {"readouts": 5},
+        {"word_noise": -0.1},
+        {"word_noise": float("nan")},
     ],
 )
 def test_sizes_out_of_range(options):
     with pytest.raises(ConfigError):
         make_policy(**options)
+
+
+def test_words_are_noisy_in_training_alone():
+    policy = adapted(make_policy(encoder=None, instruction=Words(), word_noise=1.0), {"trunk": "full", "head": "full"})
+    batch = {"state": torch.zeros(2, 1, 4), "instruction": ["push it", "pull it"]}
+    policy.eval()
+    clean = policy.features(batch)
+    assert torch.equal(policy.features(batch), clean)
+    policy.train()
+    first, second = policy.features(batch), policy.features(batch)
+    assert not torch.allclose(first, clean) and not torch.allclose(first, second)
+
+
+def test_noise_on_words_is_as_long_as_said():
+    torch.manual_seed(0)
+    vectors = torch.randn(4000, 300)
+    length = (noisy_words(vectors, 0.8) - vectors).norm(dim=1)
+    assert length.mean() == pytest.approx(0.4, abs=0.01) and 0.75 < length.max() < 0.95 and length.min() < 0.01
 
 
 def test_a_policy_that_senses_nothing():

@@ -29,6 +29,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from mmpeft.adapters.example import example_of
+from mmpeft.adapters.freeze import evaluating
 from mmpeft.adapters.liveness import as_call
 from mmpeft.adapters.peft.codecs import CONFIG, TENSORS, full_key
 from mmpeft.adapters.peft.encode import encode
@@ -114,13 +115,10 @@ def _refuse_uncalled(model: nn.Module, writer: Writer, example: Any) -> None:
     for path in {*watched, *parents.values()}:
         hooks.append(writer.owner(path).register_forward_pre_hook(lambda *_, path=path: ran.add(path)))
     args, kwargs = as_call(given)
-    training = model.training
     try:
-        model.eval()
-        with use(model, None), torch.no_grad():
+        with evaluating(model), use(model, None), torch.no_grad():
             model(*args, **kwargs)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     dead = sorted(path for path in watched if path not in ran and parents[path] in ran)

@@ -40,8 +40,9 @@ class FlowHead(Head):
         )
 
     def _loss(self, features: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
-        a, b = (torch.tensor(v, device=actions.device) for v in self.beta)
-        t = (1 - torch.distributions.Beta(a, b).sample((len(actions),))).to(actions.dtype)
+        # neither copied from the host nor checked there: a CUDA graph can hold it
+        a, b = (torch.full((), v, device=actions.device) for v in self.beta)
+        t = (1 - torch.distributions.Beta(a, b, validate_args=False).sample((len(actions),))).to(actions.dtype)
         noise = torch.randn_like(actions)
         x = torch.lerp(noise, actions, t[:, None, None])
         return valid_mean((self.denoiser(x, t, features) - (actions - noise)).square(), mask)

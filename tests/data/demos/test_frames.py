@@ -67,6 +67,8 @@ def test_samples(recorded, gl):
         assert sample["images"].dtype == torch.uint8 and sample["images"].shape == (1, 16, 16, 3)
         assert np.array_equal(sample["images"], data.pictures(number)[step])
         assert sample["state"].shape == (4,) and sample["step"] == step
+    blind = data.without_pictures()
+    assert set(data[0]) - set(blind[0]) == {"images"} and torch.equal(blind[3]["action"], data[3]["action"])
     assert [data[0]["task"], data[len(data) - 1]["task"]] == ["metaworld:reach-v3", "metaworld:coffee-button-v3"]
     batch = next(iter(torch.utils.data.DataLoader(data, batch_size=7, shuffle=True)))
     assert batch["action"].shape == (7, 5, 4) and len(batch["instruction"]) == 7
