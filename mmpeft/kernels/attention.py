@@ -1,8 +1,9 @@
 """Self-attention, causal or not, for hand-written backwards: forward and backward as plain functions on [B, S, H, D] views.
 
-cuDNN, flash or, for few tokens without a mask, `short_attention` does the work, whichever is faster for the shape on
-this device (measured once a shape; on an H100 cuDNN is up to 1.9 times flash at head dim 128), with grouped key/value
-heads read in place. On CPU the reference is `F.scaled_dot_product_attention`, recomputed under autograd in the backward.
+cuDNN, flash or, for few tokens without a mask, `short_attention` (or its backward after cuDNN's forward) does the work,
+whichever is faster for the shape on this device (measured once a shape; on an H100 cuDNN is up to 1.9 times flash at
+head dim 128), with grouped key/value heads read in place. On CPU the reference is `F.scaled_dot_product_attention`,
+recomputed under autograd in the backward.
 
 The gradients go where the caller wants them (`out`): `short_attention` writes them there, from others they are copied.
 
@@ -14,6 +15,7 @@ reference under a mask [B, 1, S, S].
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -58,6 +60,9 @@ def _forward_by(
     if kind == "short":
         o, lse = short_attention.forward(q, k, v, scale, keep=keep)
         return o, (lse,)
+    if kind == "mixed":
+        o, (lse, *_) = _FORWARD["cudnn"](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+        return o, (lse.reshape(-1, q.shape[1]) / math.log(2),)  # [B Hq, S], to base 2 as our backward takes it
     return _FORWARD[kind](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
 
 
@@ -65,7 +70,7 @@ def _backward_by(
     kind: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: tuple[Any, ...], scale: float,
     causal: bool, out: Grads | None,
 ) -> Grads:  # fmt: skip
-    if kind == "short":
+    if kind in SHORT:
         return short_attention.backward(do, q, k, v, o, saved[0], scale, out=out)
     do, q, k, v, o = (t.transpose(1, 2) for t in (do, q, k, v, o))
     dq, dk, dv = _BACKWARD[kind](do, q, k, v, o, saved, scale, causal)
@@ -171,6 +176,7 @@ def packed_kind(q: Tensor) -> str:
     return "varlen" if half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 else "masked"
 
 
+SHORT = ("short", "mixed")  # both ways in `short_attention`; cuDNN's forward before its backward
 _FORWARD = {"cudnn": _cudnn, "flash": _flash, "torch": _torch}
 _BACKWARD = {"cudnn": _cudnn_backward, "flash": _flash_backward, "torch": _torch_backward}
 
@@ -186,9 +192,9 @@ def pick(
     B: int, S: int, HQ: int, D: int, HK: int, dtype: torch.dtype, device: int, causal: bool, keep: bool = True, *,
     triton: bool = False,
 ) -> str:  # fmt: skip
-    """The fastest of cuDNN, flash and, with `triton`, `short_attention` at this shape, timed once a device on random
-    views of one qkv: forward and backward, or forward alone where nothing is kept. Where the third is in question, the
-    gradients' way into a wide buffer is part of the time."""
+    """The fastest of cuDNN, flash and, with `triton`, `short_attention` (its backward alone or both) at this shape, timed
+    once a device on random views of one qkv: forward and backward, or forward alone where nothing is kept. Where the last
+    is in question, the gradients' way into a wide buffer is part of the time."""
     place = torch.device("cuda", device)
     short = triton and not causal and HQ == HK and short_attention.fits(S, D, dtype)
 
@@ -208,9 +214,9 @@ def pick(
     def results(kind: str) -> list[Tensor]:
         return [t.clone() for t in run(kind)]  # the next run writes into the same buffer
 
-    candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash", *["short"] * short)}
+    candidates = {kind: functools.partial(run, kind) for kind in ("cudnn", "flash", *SHORT[: short * (1 + keep)])}
     with torch.cuda.device(device):
-        op = "attention" + "_forward" * (not keep) + "_short" * short
+        op = "attention" + "_forward" * (not keep) + "_views" * short
         return tuning.choose(
             op, (B, S, HQ, D, HK, dtype, causal), candidates, place, otherwise="torch", timer=tuning.device_milliseconds,
             proof=("cudnn", results) if short else None,

@@ -137,9 +137,18 @@ def test_gradients_go_into_the_caller_s_buffer(device, causal):
     assert wide[:, -5:].isnan().all()
 
 
-def test_attention_runs_it(device, monkeypatch):
-    """Chosen, it serves `attention.forward` and `backward` alike."""
-    monkeypatch.setattr(attention, "_kind", lambda *_: "short")
+def library(q, k, v, scale, causal):
+    """What cuDNN's forward gives for [B, H, S, D]: o laid out as [B, S, H, D], and its sums as natural logarithms."""
+    o, lse = plain(*(t.transpose(1, 2) for t in (q, k, v)), scale)
+    return o.contiguous(), (lse.unsqueeze(-1), None, None)
+
+
+@pytest.mark.parametrize("kind", attention.SHORT)
+def test_attention_runs_it(device, monkeypatch, kind):
+    """Chosen, it serves `attention.forward` and `backward` alike, or the backward after the library's forward."""
+    monkeypatch.setattr(attention, "_kind", lambda *_: kind)
+    if device == "cpu":
+        monkeypatch.setitem(attention._FORWARD, "cudnn", library)
     q, k, v, do, wide = problem(device, 2, 23, 2, 16)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     want, _ = plain(*exact, 0.3)
