@@ -72,6 +72,7 @@ def attach(
         _insert(model, state, plan, targets, name)
         freezing.freeze(model, full_paths(model, plan), mode)
         state.entries[name] = Entry(plan.to_list())
+        state.ask_again()
         state.active = Active((name,))
         if check:
             given = example if example is not None else example_of(model)

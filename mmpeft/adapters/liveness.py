@@ -281,6 +281,7 @@ def _watch_rows(model: nn.Module, places: list[Place], call: Call) -> None:
             model(*args, **kwargs)
     finally:
         state.watching = False
+    state.ask_again()
     for slot in {id(place.slot): place.slot for place in places}.values():
         before, after = first[id(slot)], slot.inputs
         slot.inputs = []

@@ -37,6 +37,7 @@ class Entry:
 
     rules: list[dict[str, Any]]
     metadata: dict[str, Any] = field(default_factory=dict)
+    mixes: bool = False  # `use(rows=)` found that rows of a batch can have it; asked again after an attach or a proof
 
 
 @dataclass
@@ -67,6 +68,11 @@ class State:
         if name == "active":  # whoever sets another active set leaves the stacks; `use` enters them again
             object.__setattr__(self, "indexed", "")
         object.__setattr__(self, name, value)
+
+    def ask_again(self) -> None:
+        """Something changed that decides which adapters rows of a batch can have."""
+        for entry in self.entries.values():
+            entry.mixes = False
 
     def check_names(self, names: Sequence[str]) -> None:
         """Refuse names of adapters the model does not have."""

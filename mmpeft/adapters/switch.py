@@ -68,12 +68,16 @@ def check_rows(model: nn.Module, chosen: Active) -> None:
         Unsupported: naming the sites.
         ConfigError: adapters are merged, so that no row can be the base.
     """
-    if state_of(model).merged:
-        raise ConfigError(f"rows= while {', '.join(state_of(model).merged)} are merged; unmerge first")
+    state = state_of(model)
+    if state.merged:
+        raise ConfigError(f"rows= while {', '.join(state.merged)} are merged; unmerge first")
+    new = tuple(n for n in chosen.names if not state.entries[n].mixes)
+    if not new:
+        return  # a server changes the rows with every batch, and walks no model for it
     refused: dict[str, list[str]] = {}
     for _, owner, slot in slots(model):
         asked: dict[tuple[object, ...], str] = {}  # 64 adapters of one kind are one question
-        for _, delta in slot.deltas(chosen.names):
+        for _, delta in slot.deltas(new):
             kind = (delta.site.kind, delta.site.tensor, delta.method.name, delta.method.mixes)
             if kind not in asked:
                 asked[kind] = _why_no_rows(owner, slot, delta)
@@ -86,6 +90,8 @@ def check_rows(model: nn.Module, chosen: Active) -> None:
             for why, sites in refused.items()
         ]
         raise Unsupported("rows= cannot give each row of a batch its own adapter at\n" + "\n".join(lines))
+    for name in new:
+        state.entries[name].mixes = True
 
 
 def _why_no_rows(owner: nn.Module, slot: Slot, delta: Delta) -> str:

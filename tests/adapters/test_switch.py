@@ -8,6 +8,7 @@ from cases import Attention, DirectRead, Host, close, deltas, fill
 from torch import nn
 
 import mmpeft
+from mmpeft.adapters import switch
 from mmpeft.errors import ConfigError, NameNotFound, Unsupported
 
 
@@ -359,3 +360,22 @@ def test_rows_of_another_length_than_the_batch():
     model = two(LORA, LORA)
     with mmpeft.use(model, rows=["a", "b"]), pytest.raises(ConfigError, match="one.weight: 2 rows were given"):
         model(X)
+
+
+def test_rows_are_asked_for_once_and_again_after_an_attach_or_a_proof(monkeypatch):
+    model = two(LORA, LORA)
+    mmpeft.use(model, rows=["a", "b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(switch, "slots", None)  # nothing may be walked
+        mmpeft.use(model, rows=["b", None, "a"])
+    mmpeft.detach(model, "b")
+    mmpeft.attach(model, {"one": "full"}, name="b", example=X)
+    with pytest.raises(Unsupported, match="full cannot differ"):
+        mmpeft.use(model, rows=["b", "a"])
+
+    unproven = Transposed()
+    mmpeft.attach(unproven, {"site": mmpeft.LoRA(rank=2)}, name="a", check=False)
+    mmpeft.use(unproven, rows=["a", None])
+    mmpeft.attach(unproven, {"site": mmpeft.LoRA(rank=2)}, name="b", example=torch.randn(3, 5, 6))  # proves the site
+    with pytest.raises(Unsupported, match="does not keep the batch on the first axis"):
+        mmpeft.use(unproven, rows=["a", None])
