@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.metaworld_multitask import FLOW
 from benchmarks.metaworld_program import program
 from benchmarks.metaworld_rows import (
     BLOCKS,
@@ -67,7 +68,7 @@ def plan_of(arm: str) -> dict[str, Any]:
 
 def rows() -> list[Row]:
     common: dict[str, Any] = {"view": "corner2", "size": 128, "demonstrations": 10, "steps": 1500, "width": 1024, "max_steps": 500}
-    common |= {"head": "flow", "execute": 4}
+    common |= FLOW
     found = []
     for seed in (1, 2, 3):
         found.append(Row(f"old/untouched/s{seed}", VISION_TASKS, "untouched", seed, episodes=OLD_EPISODES, **common))

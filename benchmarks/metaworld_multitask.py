@@ -6,9 +6,9 @@
     python -m benchmarks.metaworld_multitask --table
 
 Arms: `conv` (adapters in the vision tower), `frozen`, `blind`, each with a flow-matching head, a look every four steps and
-noise on the words in training; `conv-l1`, plain regression of whole chunks, for what that is worth. Held-out seeds, each task's first sentence; and
-of the seeing arms some episodes with held-out wordings, and some with the sentence of another task, which says whether
-the words are read at all.
+noise on the words in training; `conv-l1`, plain regression of whole chunks, for what that is worth. Held-out seeds, each
+task's first sentence; and of the seeing arms some episodes with held-out wordings, and some with the sentence of another
+task, which says whether the words are read at all.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in awake:
             m.training = True
+            if isinstance(m, Slot):
+                m.cache = {}  # adapted weights that eval kept would lie there through training
 
 
 def restore(root: nn.Module) -> None:

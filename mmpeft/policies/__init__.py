@@ -43,9 +43,9 @@ rendered from them at any size and camera when first used.
     policies.clone(policy, memory, steps=24_000, graph=True)                       # a step is one CUDA graph
 
 A clone that stands still: a teacher that switches abruptly (lower the hand, close it, lift) has two actions in nearly one
-state, and a regression gives the one between them. `FlowHead` picks one of the two, and looking again more often
-(`execute=4` of a chunk of 8) then helps where it hurt before: .54 to .88 on twelve Metaworld tasks from state
-(benchmarks/NOTES.md 9). Sentences in words that were not trained: `Policy(word_noise=1)`.
+state, and a regression gives the one between them. `FlowHead` picks one of the two, and then it can look again more
+often (`execute=4` of a chunk of 8); see benchmarks/NOTES.md 9. Sentences in other words than those of training:
+`Policy(word_noise=1)`.
 
 Nothing here imports Gymnasium, MuJoCo or Metaworld until a function that needs it is called.
 """

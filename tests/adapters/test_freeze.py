@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import Attention
 from torch import nn
 
 import mmpeft
@@ -50,6 +51,17 @@ def test_eval_for_a_while():
     with evaluating(model):
         assert not learning(model)
     assert not learning(model)
+
+
+def test_what_eval_kept_does_not_lie_there_through_training():
+    model, x = Attention(), torch.randn(2, 3, 8)  # reads its weight, so that it is made and kept
+    mmpeft.attach(model, {"site[q]": mmpeft.LoRA(rank=2)}, "a", example=x)
+    kept = lambda: [c for m in model.modules() for c in getattr(m, "cache", {}).values()]  # noqa: E731
+    model.train()
+    with torch.no_grad(), evaluating(model):
+        model(x)
+        assert kept()
+    assert not kept()
 
 
 @pytest.mark.parametrize("call", [

@@ -374,8 +374,9 @@ def test_rows_are_asked_for_once_and_again_after_an_attach_or_a_proof(monkeypatc
         mmpeft.use(model, rows=["b", "a"])
 
     unproven = Transposed()
-    mmpeft.attach(unproven, {"site": mmpeft.LoRA(rank=2)}, name="a", check=False)
+    mmpeft.attach(unproven, {"site": mmpeft.LoRA(rank=2)}, name="a")
     mmpeft.use(unproven, rows=["a", None])
-    mmpeft.attach(unproven, {"site": mmpeft.LoRA(rank=2)}, name="b", example=torch.randn(3, 5, 6))  # proves the site
+    mmpeft.use(unproven, "a")
+    unproven(torch.randn(3, 5, 6))  # the first forward proves the site
     with pytest.raises(Unsupported, match="does not keep the batch on the first axis"):
         mmpeft.use(unproven, rows=["a", None])
